@@ -1,0 +1,109 @@
+"""The tree of errors, each with the exit code a shell sees.
+
+    CkptconvError            1
+    |-- UsageError           2   flags, plugin names, combinations that make no sense
+    |-- SourceError          3   the checkpoint that is read: missing, truncated, contradictory
+    |-- ProtocolError        4   messages between loader and saver: names, order, keys, shapes, counts
+    |-- TableError           5   a family or format table that contradicts itself (a bug in a table)
+    |-- LayoutError          6   tp, pp, ... that do not divide the model
+    |-- TargetError          7   what the target cannot express or the disk cannot take
+    `-- VerifyError          8   what was written is not what was sent
+
+A message says where, what was found, what was expected and what to do, in one to three lines. Bugs are not
+wrapped: they keep their traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+
+class CkptconvError(Exception):
+    """Base of every error a user can cause or mend."""
+
+    exit_code = 1
+
+
+class UsageError(CkptconvError):
+    """A flag, a plugin name or a combination of them is wrong."""
+
+    exit_code = 2
+
+
+class SourceError(CkptconvError):
+    """The checkpoint that is read is incomplete, damaged or not what it says."""
+
+    exit_code = 3
+
+
+class ProtocolError(CkptconvError):
+    """A message has the wrong name, order, keys, shapes or count."""
+
+    exit_code = 4
+
+
+class TableError(CkptconvError):
+    """A family or format table contradicts itself."""
+
+    exit_code = 5
+
+
+class LayoutError(CkptconvError):
+    """Parallel sizes do not divide the model."""
+
+    exit_code = 6
+
+
+class TargetError(CkptconvError):
+    """The target cannot express the model, exists already, or cannot be written."""
+
+    exit_code = 7
+
+
+class VerifyError(CkptconvError):
+    """The written checkpoint differs from what was sent."""
+
+    exit_code = 8
+
+
+BY_EXIT_CODE = {
+    kind.exit_code: kind
+    for kind in (
+        CkptconvError, UsageError, SourceError, ProtocolError, TableError, LayoutError, TargetError, VerifyError,
+    )
+}  # fmt: skip
+
+
+def collapse(names: Iterable[str]) -> list[str]:
+    """Fold the numbers of a list of names: `a.0.x`, `a.1.x` become `a.{0..1}.x`; order of first sight is kept."""
+    seen: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        match = re.match(r"(.*?)(\d+)(.*)$", name)
+        numbers = seen.setdefault((match[1], match[3]) if match else (name, ""), [])
+        if match:
+            numbers.append(int(match[2]))
+    return [before + _span(sorted(set(numbers))) + after for (before, after), numbers in seen.items()]
+
+
+def _span(numbers: list[int]) -> str:
+    """Numbers for a reader: nothing, `3`, `{0..31}`, or up to six of them in braces."""
+    if len(numbers) < 2:
+        return "".join(map(str, numbers))
+    if len(numbers) == numbers[-1] - numbers[0] + 1:
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    return "{" + ",".join(map(str, numbers[:6])) + (",...}" if len(numbers) > 6 else "}")
+
+
+def some(names: Iterable[str], limit: int = 6) -> str:
+    """At most `limit` names for a message, then how many more there are."""
+    listed = collapse(names)
+    head = ", ".join(listed[:limit])
+    return head if len(listed) <= limit else f"{head} and {len(listed) - limit} more"
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the nearest known name, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {match[0]!r}?" if match else ""
