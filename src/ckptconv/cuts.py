@@ -1,0 +1,111 @@
+"""How a stored tensor is cut over tensor-parallel ranks, in Megatron's words.
+
+A cut says, for the message keys that one stored tensor holds, which rectangle of which key lies where on which rank.
+Joining and cutting use the same rectangles. Pure: shapes in, rectangles out.
+
+Source: Megatron-LM `core/tensor_parallel/layers.py` (column = dim 0, row = dim 1 of [out, in]), `core/transformer/
+mlp.py` (gated fc1: every rank holds [W_t; V_t]), `core/transformer/attention.py` (qkv by query group).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ckptconv.errors import LayoutError
+from ckptconv.lazy import Shape, matrix
+from ckptconv.ops import Tile
+from ckptconv.spec import ModelSpec
+
+
+class Cut:
+    """Base. `keys` shapes are those of the message tensors that one stored tensor holds, in its order."""
+
+    #: every rank holds the same bytes
+    replicated = False
+
+    def shape(self, keys: Sequence[Shape], tp: int) -> Shape:
+        """Shape of one rank's part."""
+        raise NotImplementedError
+
+    def tiles(self, keys: Sequence[Shape], index: int, tp: int) -> list[Tile]:
+        """Rectangles of key number `index`; `part` is the rank."""
+        raise NotImplementedError
+
+    def check(self, name: str, keys: Sequence[Shape], tp: int, spec: ModelSpec) -> None:
+        """Raise LayoutError when `tp` does not divide what is cut."""
+
+
+@dataclass(frozen=True)
+class Replicated(Cut):
+    """The whole on every rank."""
+
+    replicated = True
+
+    def shape(self, keys: Sequence[Shape], tp: int) -> Shape:
+        return keys[0]
+
+    def tiles(self, keys: Sequence[Shape], index: int, tp: int) -> list[Tile]:
+        rows, cols = matrix(keys[0])
+        return [Tile(rank, 0, 0, 0, 0, rows, cols) for rank in range(tp)]
+
+
+@dataclass(frozen=True)
+class ColumnParallel(Cut):
+    """Dim 0 in equal contiguous runs; several keys lie one below the other on every rank (gated fc1: [W_t; V_t])."""
+
+    def shape(self, keys: Sequence[Shape], tp: int) -> Shape:
+        return (sum(k[0] for k in keys) // tp, *keys[0][1:])
+
+    def tiles(self, keys: Sequence[Shape], index: int, tp: int) -> list[Tile]:
+        rows, cols = matrix(keys[index])
+        above = sum(matrix(k)[0] for k in keys[:index]) // tp
+        return [Tile(t, t * (rows // tp), 0, above, 0, rows // tp, cols) for t in range(tp)]
+
+    def check(self, name: str, keys: Sequence[Shape], tp: int, spec: ModelSpec) -> None:
+        for key in keys:
+            if key[0] % tp:
+                raise LayoutError(
+                    f"{name}: {key[0]} rows do not divide by tp {tp}. Choose a tensor parallel size that divides them."
+                )
+
+
+@dataclass(frozen=True)
+class QKVColumnParallel(ColumnParallel):
+    """Dim 0 of the grouped qkv. Whole groups per rank, or (tp > g) equal runs inside groups when g divides tp."""
+
+    def check(self, name: str, keys: Sequence[Shape], tp: int, spec: ModelSpec) -> None:
+        a, g = spec.num_attention_heads, spec.num_query_groups
+        if a % tp or (g % tp and tp % g):
+            raise LayoutError(
+                f"{name}: tp {tp} does not divide {a} attention heads in {g} query groups. tp must divide the heads, "
+                "and divide the groups or be a multiple of them."
+            )
+        super().check(name, keys, tp, spec)
+
+
+@dataclass(frozen=True)
+class RowParallel(Cut):
+    """The last dimension in equal contiguous runs."""
+
+    def shape(self, keys: Sequence[Shape], tp: int) -> Shape:
+        return (*keys[0][:-1], keys[0][-1] // tp)
+
+    def tiles(self, keys: Sequence[Shape], index: int, tp: int) -> list[Tile]:
+        rows, cols = matrix(keys[0])
+        each = cols // tp
+        return [Tile(t, 0, t * each, 0, 0, rows, each) for t in range(tp)]
+
+    def check(self, name: str, keys: Sequence[Shape], tp: int, spec: ModelSpec) -> None:
+        if keys[0][-1] % tp:
+            raise LayoutError(
+                f"{name}: {keys[0][-1]} columns do not divide by tp {tp}. "
+                "Choose a tensor parallel size that divides them."
+            )
+
+
+REPLICATED = Replicated()
+COLUMN = ColumnParallel()
+GATED_COLUMN = COLUMN  # a gated fc1 is its two keys, each column parallel, one below the other
+QKV_COLUMN = QKVColumnParallel()
+ROW = RowParallel()

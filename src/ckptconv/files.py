@@ -1,0 +1,126 @@
+"""Open files, kept few: positional reads and writes that never leave more than a bounded number of descriptors.
+
+Reads are plain `pread`s, not mappings: a file that shrinks under us gives a short read and an error that names it,
+where a mapping would end the process with SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ckptconv.errors import SourceError, TargetError
+
+#: Descriptors kept open at most, for reading and for writing. The usual soft limit is 1024, containers give 256.
+KEPT = 48
+
+
+class _Descriptors:
+    """A least-recently-used set of open descriptors; one that is in use is never closed."""
+
+    def __init__(self, flags: int) -> None:
+        self._flags = flags
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, tuple[int, list[int]]] = OrderedDict()
+
+    @contextmanager
+    def use(self, path: str) -> Iterator[int]:
+        with self._lock:
+            if path not in self._open:
+                self._evict(KEPT - 1)
+                self._open[path] = (os.open(path, self._flags | os.O_CLOEXEC), [0])
+            self._open.move_to_end(path)
+            descriptor, users = self._open[path]
+            users[0] += 1
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                users[0] -= 1
+
+    def _evict(self, limit: int) -> None:
+        for path in [p for p, (_, users) in self._open.items() if not users[0]]:
+            if len(self._open) <= limit:
+                return
+            os.close(self._open.pop(path)[0])
+
+    def forget(self, path: str) -> None:
+        """Close `path` if it is open (before it is renamed or removed)."""
+        with self._lock:
+            if path in self._open:
+                os.close(self._open.pop(path)[0])
+
+
+    def clear(self) -> None:
+        """Close everything that is not in use."""
+        with self._lock:
+            self._evict(0)
+
+
+_reading = _Descriptors(os.O_RDONLY)
+_writing = _Descriptors(os.O_WRONLY)
+
+
+def read_exactly(path: str, offset: int, out: memoryview) -> None:
+    """Fill `out` from `offset` of the file. Raises SourceError when the file ends before or cannot be read."""
+    wanted, start = len(out), offset
+    try:
+        with _reading.use(path) as descriptor:
+            while out:
+                count = os.preadv(descriptor, [out], offset)
+                if count == 0:
+                    raise SourceError(
+                        f"{path}: ends at byte {offset}, but a tensor needs bytes {start} to {start + wanted}. "
+                        "The file is truncated or changed while it was read: fetch or copy it again."
+                    )
+                out, offset = out[count:], offset + count
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}.") from error
+
+
+def read_bytes(path: str, offset: int, count: int) -> bytes:
+    """`count` bytes from `offset`; errors as in `read_exactly`."""
+    buffer = bytearray(count)
+    read_exactly(path, offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def write_exactly(path: str, offset: int, data: memoryview | bytes) -> None:
+    """Write all of `data` at `offset` of an existing file. Raises TargetError (full disk, quota, i/o)."""
+    view = memoryview(data)
+    try:
+        with _writing.use(path) as descriptor:
+            while view:
+                count = os.pwrite(descriptor, view, offset)
+                view, offset = view[count:], offset + count
+    except OSError as error:
+        raise TargetError(
+            f"{path}: cannot be written: {error.strerror}. Free space on that disk or choose another --save-dir; "
+            "nothing there has been made to look complete."
+        ) from error
+
+
+def close_written(path: str, durable: bool = True) -> None:
+    """Flush a written file to the disk and close it. Raises TargetError."""
+    try:
+        if durable:
+            with _writing.use(path) as descriptor:
+                os.fsync(descriptor)
+        _writing.forget(path)
+    except OSError as error:
+        raise TargetError(f"{path}: cannot be flushed: {error.strerror}.") from error
+
+
+def forget(path: str) -> None:
+    """Close whatever is open on `path`."""
+    _reading.forget(path)
+    _writing.forget(path)
+
+
+def reset() -> None:
+    """Close all descriptors: what a path names may have changed since it was opened."""
+    _reading.clear()
+    _writing.clear()

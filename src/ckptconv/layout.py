@@ -1,0 +1,45 @@
+"""Which layer lives on which pipeline stage, and which ranks there are. Knows no names and no files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ckptconv.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes of one checkpoint: tp tensor ranks, pp pipeline stages, `num_layers` layers in all."""
+
+    num_layers: int
+    tp: int = 1
+    pp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"{name} is {getattr(self, name)}, expected at least 1.")
+        if self.num_layers % self.pp:
+            raise LayoutError(
+                f"{self.num_layers} layers do not divide into pp {self.pp} equal stages. "
+                f"Choose a pipeline parallel size that divides {self.num_layers}."
+            )
+
+    @property
+    def layers_per_stage(self) -> int:
+        return self.num_layers // self.pp
+
+    def stage_of(self, layer: int) -> tuple[int, int]:
+        """(stage, local layer) of a global layer."""
+        return divmod(layer, self.layers_per_stage)
+
+    def layers_of(self, stage: int) -> range:
+        """Global layers of a stage, in order."""
+        return range(stage * self.layers_per_stage, (stage + 1) * self.layers_per_stage)
+
+    def ranks(self) -> Iterator[tuple[int, int]]:
+        """(tp rank, stage) of every rank file, stage by stage."""
+        for stage in range(self.pp):
+            for rank in range(self.tp):
+                yield rank, stage
