@@ -1,0 +1,102 @@
+"""Directories of Megatron's `torch` format: tracker file, iterations, one directory per rank. Names and files only.
+
+Source: Megatron-LM `megatron/training/checkpointing.py` (get_checkpoint_name, read_metadata) at core_v0.13.0.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ckptconv import dtypes
+from ckptconv.containers import torchzip
+from ckptconv.errors import SourceError, some
+
+TRACKER = "latest_checkpointed_iteration.txt"
+FILE = "model_optim_rng.pt"
+
+
+def directory_name(tp_rank: int, stage: int, pp: int) -> str:
+    """`mp_rank_01`, or `mp_rank_01_003` with pipeline stages."""
+    return f"mp_rank_{tp_rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
+
+
+def parse_name(name: str) -> tuple[int, ...] | None:
+    """The numbers of a rank directory's name (tp, then pp or ep, then ep), or None for another name."""
+    match = re.fullmatch(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?", name)
+    return tuple(int(n) for n in match.groups() if n is not None) if match else None
+
+
+def iteration_name(iteration: int | str) -> str:
+    """`iter_0000001`, or `release`."""
+    return iteration if isinstance(iteration, str) else f"iter_{iteration:07d}"
+
+
+def find_iteration(top: Path, wanted: str | None) -> tuple[Path, int]:
+    """(directory with the ranks, iteration). Raises SourceError."""
+    if any(parse_name(entry.name) for entry in top.iterdir()):
+        match = re.fullmatch(r"iter_(\d+)", top.name)
+        return top, int(match[1]) if match else 1
+    name = wanted
+    if name is None:
+        try:
+            name = (top / TRACKER).read_text().strip()
+        except OSError as error:
+            raise SourceError(
+                f"{top}: has neither mp_rank directories nor a readable {TRACKER}. Give --iteration, or the directory "
+                "that holds iter_*."
+            ) from error
+    if not re.fullmatch(r"\d+|release", name):
+        raise SourceError(f"{top / TRACKER}: says {name!r}, expected a number or 'release'.")
+    iteration = 1 if name == "release" else int(name)
+    directory = top / iteration_name("release" if name == "release" else iteration)
+    if not directory.is_dir():
+        there = sorted(e.name for e in top.iterdir() if e.name.startswith("iter_") or e.name == "release")
+        raise SourceError(f"{directory}: does not exist; there {'is' if there else 'are'} {some(there) or 'none'}.")
+    return directory, max(iteration, 1)
+
+
+def rank_files(directory: Path) -> tuple[dict[tuple[int, int], Path], dict[str, Any]]:
+    """((tp rank, stage) -> file, args of rank 0). Raises SourceError when the ranks are not a full grid."""
+    numbers = {}
+    for entry in directory.iterdir():
+        parsed = parse_name(entry.name)
+        if parsed is not None:
+            numbers[parsed] = entry / FILE
+    if not numbers:
+        dist = (directory / "metadata.json").exists() or (directory / ".metadata").exists()
+        what = "it is in the torch_dist format, which is not supported yet" if dist else "is the path right?"
+        raise SourceError(f"{directory}: has no mp_rank_* directories; {what}.")
+    lengths = {len(n) for n in numbers}
+    if len(lengths) > 1:
+        there = some(path.parent.name for path in numbers.values())
+        raise SourceError(f"{directory}: mixes rank directories of several layouts ({there}).")
+    missing = [path for path in numbers.values() if not path.is_file()]
+    if missing:
+        raise SourceError(f"{missing[0]}: missing. {len(missing)} of {len(numbers)} ranks have no {FILE}.")
+    first = numbers[min(numbers)]
+    arguments = _arguments(first)
+    if 3 in lengths or (2 in lengths and arguments.get("expert_model_parallel_size", 1) not in (None, 1)):
+        raise SourceError(f"{directory}: expert parallel ranks ({first.parent.name}) are not supported yet.")
+    # With two numbers the second is a stage, or an expert rank: only the args tell.
+    ranks = {(n[0], n[1] if len(n) > 1 else 0): path for n, path in numbers.items()}
+    tp, pp = 1 + max(t for t, _ in ranks), 1 + max(p for _, p in ranks)
+    stages = arguments.get("pipeline_model_parallel_size")
+    pp = max(pp, stages) if isinstance(stages, int) else pp
+    absent = [directory_name(t, p, pp) for p in range(pp) for t in range(tp) if (t, p) not in ranks]
+    if absent:
+        raise SourceError(f"{directory}: lacks {some(absent)} of {tp} x {pp} ranks. Copy the missing rank directories.")
+    return dict(sorted(ranks.items())), arguments
+
+
+def _arguments(path: Path) -> dict[str, Any]:
+    root = torchzip.read(str(path))
+    found = root.get("args") if isinstance(root, dict) else None
+    if found is None:
+        raise SourceError(
+            f"{path}: has no args, so the sizes of the model are unknown. Did Megatron-LM's save_checkpoint write it?"
+        )
+    return {
+        name: dtypes.parse(value, str(path)) if name == "params_dtype" else value for name, value in vars(found).items()
+    }
