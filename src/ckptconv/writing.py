@@ -1,0 +1,223 @@
+"""From messages to files: what every file-writing saver does between its plan and its small files.
+
+A saver says which files there will be (planned to the byte) and which rectangle of which message tensor goes where
+(`Route`); this module receives, pads, copies, digests, resumes and reports.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ckptconv import dtypes, lazy
+from ckptconv.engine import Engine, Job, Output, Target, default_threads
+from ckptconv.errors import ProtocolError
+from ckptconv.lazy import Assembly, LazyTensor, Literal, Piece, Zeros
+from ckptconv.messages import Expected, expected
+from ckptconv.metadata import Metadata
+from ckptconv.ops import Tile
+from ckptconv.staging import Staging
+from ckptconv.transport import Receiver, Wire
+
+if TYPE_CHECKING:
+    from ckptconv.containers.plan import PlannedFile
+
+#: Messages that may be partly written when the next one is taken.
+IN_FLIGHT = 3
+
+PADDINGS = ("zero", "repeat", "mean")
+
+
+@dataclass
+class Route:
+    """Where a message tensor goes: (file, slot, rectangle); `rows` is its height after vocabulary padding."""
+
+    targets: list[tuple[str, str, Tile]] = field(default_factory=list)
+    rows: int | None = None
+
+
+Routes = dict[tuple[str, str], Route]
+
+
+@dataclass
+class Written:
+    """What was written: bytes in all, and a digest per tensor of the stream (message -> key -> text)."""
+
+    bytes: int
+    digests: dict[str, dict[str, str]]
+
+
+def write(
+    receiver: Receiver, staging: Staging, plans: Mapping[str, PlannedFile], routes: Routes,
+    fills: list[tuple[LazyTensor, Route]], metadata: Metadata, args: Namespace, fingerprint: dict[str, Any],
+) -> Written:  # fmt: skip
+    """Receive the whole stream and fill the planned files under `staging`; they are complete and flushed on return.
+
+    `fills` are tensors that no message has (zero biases). Raises CkptconvError of any kind.
+    """
+    staging.begin(fingerprint, {name: plan.size for name, plan in plans.items()})
+    outputs = {name: Output(staging.path(name), plan) for name, plan in plans.items() if name not in staging.finished}
+    names = {id(output): name for name, output in outputs.items()}
+    for output in outputs.values():
+        output.create()
+    digests: dict[str, dict[str, str]] = {m: dict(keys) for m, keys in staging.digests.items()}
+    lock = threading.Lock()
+
+    def finished(output: Output) -> None:
+        with lock:
+            known = {message: dict(keys) for message, keys in digests.items()}
+        staging.done(names[id(output)], output.plan.size, known)
+
+    def digest(message: str, key: str, crc: int) -> None:
+        with lock:
+            digests.setdefault(message, {})[key] = f"crc32:{crc:08x}"
+
+    bar = _Bar(sum(output.data_bytes for output in outputs.values()), args.progress)
+    flight = threading.Semaphore(IN_FLIGHT)
+    with bar, Engine(args.threads or default_threads(), finished, bar.add) as engine:
+        for tensor, route in fills:
+            engine.submit([Job(tensor, _targets(route, outputs), 0, lambda crc: None)])
+        for want, wire in receiver.messages():
+            while not flight.acquire(timeout=0.2):
+                engine.check()
+            bar.name(want.name)
+            jobs = []
+            for key, tensor in wire.tensors.items():
+                job = _job(want, key, tensor, routes, outputs, args, digest)
+                if job.targets or key not in digests.get(want.name, {}):
+                    jobs.append(job)
+
+            def settle(wire: Wire = wire) -> None:
+                receiver.release(wire)
+                flight.release()
+
+            engine.submit(jobs, settle)
+        engine.drain()
+    total = sum(plan.size for plan in plans.values())
+    return Written(total, {m.name: digests[m.name] for m in expected(metadata.spec)})
+
+
+def _job(
+    want: Expected, key: str, tensor: LazyTensor, routes: Routes, outputs: dict[str, Output], args: Namespace,
+    digest: Callable[[str, str, int], None],
+) -> Job:  # fmt: skip
+    """The work of one tensor: padded, with the targets that are not finished yet."""
+    route = routes.get((want.name, key))
+    if route is None:
+        raise ProtocolError(f"message {want.name!r}: nothing is planned for {key!r}.")
+    rows = tensor.rows
+    if route.rows is not None and route.rows > tensor.shape[0]:
+        tensor = padded(tensor, route.rows, args.pad_vocab)
+    return Job(tensor, _targets(route, outputs), rows, lambda crc: digest(want.name, key, crc))
+
+
+def _targets(route: Route, outputs: dict[str, Output]) -> list[Target]:
+    return [
+        Target(outputs[name], slot, t.row, t.col, t.part_row, t.part_col, t.rows, t.cols)
+        for name, slot, t in route.targets
+        if name in outputs
+    ]
+
+
+def padded(tensor: LazyTensor, rows: int, how: str) -> LazyTensor:
+    """`tensor` [v, h] with rows added below it: zeros, copies of the last row, or the mean of all rows."""
+    missing, shape = rows - tensor.shape[0], (rows, *tensor.shape[1:])
+    below: list[Piece] = []
+    if how == "zero":
+        zeros = Zeros(tensor.dtype, (missing, *tensor.shape[1:]))
+        below.append(Piece(tensor.rows, 0, missing, tensor.cols, zeros, 0, 0))
+    else:
+        part, row = (tensor, tensor.rows - 1) if how == "repeat" else (_mean(tensor), 0)
+        below += [Piece(tensor.rows + n, 0, 1, tensor.cols, part, row, 0) for n in range(missing)]
+    return Assembly(tensor.dtype, shape, (Piece(0, 0, tensor.rows, tensor.cols, tensor, 0, 0), *below))
+
+
+def _mean(tensor: LazyTensor) -> LazyTensor:
+    """The mean row [1, h], summed in double precision and rounded once."""
+    import numpy as np
+    import torch
+
+    total = torch.zeros(tensor.cols, dtype=torch.float64)
+    for row, count in lazy.blocks(tensor, 8 << 20):
+        block = np.empty((count, tensor.cols), dtypes.opaque(tensor.dtype))
+        tensor.read(block, row, 0)
+        total += lazy.as_torch(block, tensor.dtype).to(torch.float64).sum(0)
+    mean = (total / tensor.rows).to(dtypes.of_torch(tensor.dtype))
+    return Literal(lazy.as_numpy(mean).tobytes(), tensor.dtype, (1, tensor.cols))
+
+
+def version() -> str:
+    """The version of this tool, for provenance."""
+    try:
+        return importlib.metadata.version("ckptconv")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def fingerprint(metadata: Metadata, **flags: Any) -> dict[str, Any]:
+    """What has to be the same for an interrupted run to be continued."""
+    return {
+        "tool": version(),
+        "source": metadata.origin.directory,
+        "source files": metadata.origin.files,
+        "model": metadata.spec.to_json(),
+        **flags,
+    }
+
+
+def provenance(metadata: Metadata, target: dict[str, Any], digests: dict[str, dict[str, str]]) -> bytes:
+    """The provenance file: who wrote this from what, the model, and a digest of every tensor of the stream.
+
+    A digest is the CRC32 of the full, unsharded, unpadded tensor in row-major order, so it is the same whatever the
+    layout of source and target.
+    """
+    data = {
+        "tool": "ckptconv",
+        "version": version(),
+        "source": {
+            "format": metadata.origin.format,
+            "directory": metadata.origin.directory,
+            "files": [[path, size] for path, size, _ in metadata.origin.files],
+            "iteration": metadata.iteration,
+        },
+        "target": target,
+        "notes": metadata.origin.notes,
+        "spec": metadata.spec.to_json(),
+        "dtypes": metadata.dtypes,
+        "digests": digests,
+    }
+    return (json.dumps(data, indent=1) + "\n").encode()
+
+
+class _Bar:
+    """One progress bar over bytes with the current message's name; nothing when not wanted or not a terminal."""
+
+    def __init__(self, total: int, wanted: bool) -> None:
+        self._bar: Any = None
+        self._lock = threading.Lock()
+        if wanted and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, smoothing=0.1)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, count: int) -> None:
+        if self._bar is not None:
+            with self._lock:
+                self._bar.update(count)
+
+    def name(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
