@@ -1,0 +1,230 @@
+"""Run a loader here and a saver in a process of its own, and make both end well or both end at once.
+
+The saver's process reports on a pipe: `ready`, `error`, `done`. Whatever goes wrong on either side stops the other
+and leaves one error: that of the side that failed first.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptconv import errors, measure, plugins, transport
+from ckptconv.errors import CkptconvError, UsageError
+from ckptconv.plugins import Plugin
+
+log = logging.getLogger("ckptconv")
+
+#: Seconds a saver is given to clean up after its loader has failed.
+GRACE = 10.0
+
+
+@dataclass
+class Report:
+    """What a conversion did. Bytes are those written; memory is anonymous + shared, of all processes together."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+    peak_memory: int = 0
+    saver: dict[str, Any] = field(default_factory=dict)
+
+
+class _Saver:
+    """The saver's process as the parent sees it."""
+
+    def __init__(self, plugin: Plugin, args: Namespace) -> None:
+        context = transport.context()
+        self.queue = context.Queue(maxsize=max(1, args.max_queue_size))
+        self.returned = context.Queue()
+        self._pipe, child = context.Pipe(duplex=False)
+        self.failure: CkptconvError | None = None
+        self.trace = ""
+        self.result: dict[str, Any] | None = None
+        self.ended = threading.Event()
+        self._noticed = threading.Event()
+        self._process = context.Process(
+            target=_child, args=(plugin.name, args, self.queue, self.returned, child, os.getpid()), name="saver"
+        )
+        self._name = plugin.name
+        self._process.start()
+        child.close()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        """Read the pipe until the process is gone; then wake the loader if it went badly."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                kind, value = self._pipe.recv()
+                if kind == "done":
+                    self.result = value
+                elif kind == "error":
+                    code, message, self.trace = value
+                    self.failure = errors.BY_EXIT_CODE.get(code, CkptconvError)(message)
+        self._process.join()
+        code = self._process.exitcode
+        if self.failure is None and (self.result is None or code):
+            how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+            self.failure = CkptconvError(
+                f"the saver process ({self._name}) {how} before it had finished. Nothing it wrote is taken for "
+                "complete. If it was SIGKILL, the machine may have run out of memory."
+            )
+        self.ended.set()
+        # A loader that sends or waits notices by itself; one that is busy elsewhere is woken.
+        if self.failure and not self._noticed.wait(1.0):
+            _thread.interrupt_main()
+
+    def alive(self) -> None:
+        """Raise Stopped when the saver is gone."""
+        if self.ended.is_set():
+            self._noticed.set()
+            raise transport.Stopped("the saver ended")
+
+    def stop(self) -> None:
+        """End the saver because the loader failed: ask, wait, then insist."""
+        self._noticed.set()
+        self.queue.cancel_join_thread()
+        self.returned.cancel_join_thread()
+        if self._process.is_alive():
+            self._process.terminate()
+            if not self.ended.wait(GRACE):
+                self._process.kill()
+                self.ended.wait(GRACE)
+
+    def join(self) -> None:
+        """Wait for a saver that has everything."""
+        while not self.ended.wait(0.1):
+            pass
+        self._noticed.set()
+
+
+def run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
+    """Convert. Raises CkptconvError (of either side) or KeyboardInterrupt; the saver is gone afterwards."""
+    started = time.monotonic()
+    memory = measure.Memory()
+    process = _Saver(saver, args)
+    sender = transport.Sender(
+        process.queue, process.returned, checking=args.checking, dtype=args.dtype_name,
+        loader=loader.name, memory=args.memory, alive=process.alive, model_type=args.model_type,
+    )  # fmt: skip
+    try:
+        with _terminated_as_interrupt():
+            loader.run(sender, args)
+            if not sender.finished:
+                sender.put("done")
+            process.join()
+            if process.failure:
+                raise process.failure
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        saver_failed = process.failure is not None
+        process.stop()
+        if saver_failed and process.failure:
+            if process.trace:
+                log.debug("saver:\n%s", process.trace)
+            raise process.failure from None
+        if isinstance(error, SystemExit):
+            raise CkptconvError(f"loader {loader.name} called exit({error.code}); see what it printed above.") from None
+        raise
+    result = process.result or {}
+    peak = memory.stop() + sender.shared_bytes + int(result.get("peak_memory", 0))
+    return Report(time.monotonic() - started, int(result.get("bytes", 0)), peak, result)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends us as Ctrl-C does: through the code that cleans up."""
+
+    def handler(number: int, frame: object) -> None:
+        raise Terminated(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+
+
+def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, parent: int) -> None:
+    """The saver's process: run the plugin, report how it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too, and tells us
+
+    def terminated(number: int, frame: object) -> None:
+        raise Terminated(number)
+
+    signal.signal(signal.SIGTERM, terminated)
+    logging.basicConfig(level=args.log_level, format="%(message)s", stream=sys.stderr)
+    memory = measure.Memory()
+
+    def alive() -> None:
+        if os.getppid() != parent:
+            raise transport.Stopped("the loader's process is gone")
+
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    receiver = None
+    try:
+        saver = plugins.find("saver", name)
+        receiver = transport.Receiver(queue, returned, checking=args.checking, args=args, alive=alive)
+        result = saver.run(receiver, args)
+        if not receiver.finished and not saver.ours:
+            receiver.get()  # savers of others may stop before the last word
+        result = dict(result) if isinstance(result, dict) else {}
+        pipe.send(("done", {**result, "peak_memory": memory.stop()}))
+    except Terminated:
+        _quit(queue, returned, 1)
+    except CkptconvError as error:
+        text = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        pipe.send(("error", (error.exit_code, text, traceback.format_exc())))
+        _quit(queue, returned, error.exit_code)
+    except SystemExit as error:
+        pipe.send(("error", (1, f"saver {name} called exit({error.code}); see what it printed above.", "")))
+        _quit(queue, returned, 1)
+    except BaseException as error:
+        # A bug, ours or a plugin's: it keeps its traceback.
+        traceback.print_exc()
+        pipe.send(("error", (1, f"saver {name} failed with {type(error).__name__}: {error} (traceback above).", "")))
+        _quit(queue, returned, 1)
+
+
+def _quit(queue: Any, returned: Any, code: int) -> None:
+    """Leave without waiting for what nobody will read."""
+    queue.cancel_join_thread()
+    returned.cancel_join_thread()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _leave_with(parent: int) -> None:
+    """When the parent is gone, give the main thread time to notice and clean up, then leave."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    time.sleep(GRACE)
+    os._exit(1)
+
+
+def check_usage(args: Namespace) -> None:
+    """What can be said about the flags before anything is read. Raises UsageError."""
+    if not os.path.isdir(args.load_dir):
+        what = "is a file, expected a directory" if os.path.exists(args.load_dir) else "does not exist"
+        raise UsageError(f"--load-dir {args.load_dir}: {what}.")
+    if os.path.exists(args.save_dir) and os.path.samefile(args.load_dir, args.save_dir):
+        raise UsageError(f"--save-dir {args.save_dir} is the --load-dir: choose another directory.")

@@ -1,0 +1,196 @@
+"""The first message: a Namespace as Megatron-LM's plugins know it, with our typed fields inside.
+
+`build` makes it from a ModelSpec; `complete` makes a ModelSpec from what a plugin written for Megatron-LM's
+convert.py sends, as far as its fields and the shapes of its first messages tell.
+
+Source: Megatron-LM `tools/checkpoint/loader_base.py:build_checkpoint_metadata` at core_v0.13.0; branch 23.08 for the
+older fields (and its misspelt `make_vocab_size_divisble_by`).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ckptconv import dtypes
+from ckptconv.errors import ProtocolError, SourceError
+from ckptconv.formats import megatron_args
+from ckptconv.spec import ModelSpec
+
+#: The attribute that carries our fields; plugins of others neither set nor read it.
+OURS = "ckptconv"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a stream comes from, for provenance, for `--resume`, and to carry small files along.
+
+    files: [path, bytes, mtime in ns] of every file read; companions: name -> path of config.json,
+    generation_config.json and tokenizer files; notes: sentences for the provenance file.
+    """
+
+    format: str
+    directory: str
+    files: list[list[Any]] = field(default_factory=list)
+    companions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The first message, understood."""
+
+    spec: ModelSpec
+    origin: Origin
+    #: element types that differ from spec.dtype: message name -> key -> torch's name
+    dtypes: dict[str, dict[str, str]] = field(default_factory=dict)
+    iteration: int = 1
+    tp: int | None = None  # of the source, the default for the target
+    pp: int | None = None
+    make_vocab_size_divisible_by: int | None = None
+    tokenizer_type: str | None = None
+    tokenizer_model: str | None = None
+
+    def dtype(self, message: str, key: str) -> str:
+        """Element type of one tensor of the stream."""
+        return self.dtypes.get(message, {}).get(key, self.spec.dtype)
+
+
+def build(metadata: Metadata) -> Namespace:
+    """The wire form: Megatron's fields for plugins of others, ours for our own. Plain types only."""
+    spec = metadata.spec
+    rope = spec.rope is not None
+    fields: dict[str, Any] = {
+        "model_type": spec.model_type,
+        "num_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "seq_length": spec.seq_length,
+        "num_attention_heads": spec.num_attention_heads,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "tokenizer_type": metadata.tokenizer_type or "HuggingFaceTokenizer",
+        "iteration": metadata.iteration,
+        "params_dtype": spec.dtype,
+        "bert_binary_head": False,
+        "output_layer": not spec.tied,
+        "position_embedding_type": "rope" if rope else "learned_absolute",
+        "linear_bias": megatron_args.linear_bias(spec),
+        "qkv_bias": spec.qkv_bias,
+        "norm_has_bias": spec.norm_has_bias,
+        "swiglu": spec.gated and spec.activation == "silu",
+        "previous_tensor_parallel_size": metadata.tp or 1,
+        "previous_pipeline_parallel_size": metadata.pp or 1,
+        "true_vocab_size": spec.vocab_size,
+        "make_vocab_size_divisible_by": metadata.make_vocab_size_divisible_by,
+        "make_vocab_size_divisble_by": metadata.make_vocab_size_divisible_by,
+        "use_legacy_models": False,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "num_query_groups": spec.num_query_groups,
+        "kv_channels": spec.kv_channels,
+        "ffn_hidden_size": spec.ffn_hidden_size,
+    }
+    own = asdict(metadata)
+    own["spec"] = spec.to_json()
+    return Namespace(**fields, **{OURS: own})
+
+
+def read(namespace: Any) -> Metadata | None:
+    """Our fields of a first message, or None when its sender knows nothing of them."""
+    own = getattr(namespace, OURS, None)
+    if own is None:
+        return None
+    values = dict(own)
+    values["spec"] = ModelSpec.from_json(values["spec"], "metadata")
+    values["origin"] = Origin(**values["origin"])
+    return Metadata(**values)
+
+
+def for_plugin(namespace: Any, args: Any) -> Namespace:
+    """The first message as a saver of others reads it: a real torch.dtype and Megatron's args of the source."""
+    fields = {key: value for key, value in vars(namespace).items() if key != OURS}
+    metadata = read(namespace)
+    if isinstance(fields.get("params_dtype"), str):
+        fields["params_dtype"] = dtypes.of_torch(fields["params_dtype"])
+    if metadata and fields.get("checkpoint_args") is None:
+        divisor = metadata.make_vocab_size_divisible_by or 128
+        fields["checkpoint_args"] = Namespace(
+            **megatron_args.namespace(
+                metadata.spec,
+                tp=metadata.tp or 1,
+                pp=metadata.pp or 1,
+                padded_vocab_size=metadata.spec.vocab_size,
+                make_vocab_size_divisible_by=divisor,
+                transformer_impl="local",
+                iteration=metadata.iteration,
+                tokenizer_type=metadata.tokenizer_type,
+                tokenizer_model=metadata.tokenizer_model,
+                params_dtype=fields["params_dtype"],
+                inexact=True,
+            )
+        )
+    return Namespace(**fields)
+
+
+def complete(namespace: Any, first: dict[str, Any], layer: dict[str, Any], loader: str) -> Metadata:
+    """A Metadata from the Namespace, the embeddings and the first layer of a loader that knows only Megatron's fields.
+
+    `checkpoint_args` is believed where it is there; else sizes come from shapes. Raises ProtocolError naming what
+    is missing.
+    """
+    def need(name: str) -> Any:
+        if getattr(namespace, name, None) is None:
+            raise ProtocolError(f"loader {loader}: its metadata has no {name!r}, which every model needs.")
+        return getattr(namespace, name)
+
+    args = getattr(namespace, "checkpoint_args", None)
+    known = dict(vars(args)) if args is not None else {}
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "seq_length"):
+        known[name] = need(name)
+    if getattr(namespace, "model_type", "GPT") not in ("GPT", None):
+        raise ProtocolError(
+            f"loader {loader}: model_type is {namespace.model_type!r}; only GPT models are supported so far."
+        )
+    h, a = known["hidden_size"], known["num_attention_heads"]
+    swiglu = bool(getattr(namespace, "swiglu", "mlp l0 weight W" in layer))
+    probe = "mlp l0 weight W" if swiglu else "mlp l0 weight"
+    if probe not in layer or "qkv weight" not in layer:
+        raise ProtocolError(f"loader {loader}: transformer layer 0 lacks 'qkv weight' or {probe!r}.")
+    d = known.get("kv_channels") or getattr(namespace, "kv_channels", None) or h // a
+    heads = layer["qkv weight"].shape[0] // d
+    normalization = "LayerNorm" if getattr(namespace, "norm_has_bias", "input norm bias" in layer) else "RMSNorm"
+    position = "learned_absolute" if "position embeddings" in first else "rope"
+    known |= {
+        "kv_channels": d,
+        "ffn_hidden_size": layer[probe].shape[0],
+        "group_query_attention": heads != 3 * a,
+        "num_query_groups": max(1, (heads - a) // 2),
+        "swiglu": swiglu,
+        "normalization": normalization,
+        "add_bias_linear": bool(getattr(namespace, "linear_bias", "dense bias" in layer)),
+        "add_qkv_bias": bool(getattr(namespace, "qkv_bias", "qkv bias" in layer)),
+        "untie_embeddings_and_output_weights": bool(getattr(namespace, "output_layer", False)),
+        "position_embedding_type": getattr(namespace, "position_embedding_type", None) or position,
+        "padded_vocab_size": first["word embeddings"].shape[0],
+    }
+    where = f"metadata of loader {loader}"
+    values = megatron_args.spec_of(known, where)
+    dtype = dtypes.parse(need("params_dtype"), where)
+    rows = first["word embeddings"].shape[0]
+    true = getattr(namespace, "true_vocab_size", None)
+    try:
+        spec = ModelSpec(**{**values, "family": "", "dtype": dtype, "vocab_size": min(true or rows, rows)})
+    except SourceError as error:
+        raise ProtocolError(f"{where}: {error}") from error
+    divisor = getattr(namespace, "make_vocab_size_divisible_by", None)
+    divisor = divisor or getattr(namespace, "make_vocab_size_divisble_by", None)
+    return Metadata(
+        spec=spec,
+        origin=Origin(format=f"plugin {loader}", directory=""),
+        iteration=getattr(namespace, "iteration", None) or 1,
+        tp=getattr(namespace, "previous_tensor_parallel_size", None),
+        pp=getattr(namespace, "previous_pipeline_parallel_size", None),
+        make_vocab_size_divisible_by=divisor,
+        tokenizer_type=getattr(namespace, "tokenizer_type", None),
+        tokenizer_model=known.get("tokenizer_model"),
+    )

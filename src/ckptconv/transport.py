@@ -1,0 +1,360 @@
+"""The bounded queue between loader and saver, with a checked endpoint on each side.
+
+A plugin sees an object with `put` (loader) or `get` (saver) and nothing else. What crosses the queue is small: names
+and lazy tensors, which say where bytes lie. Real tensors, which loaders of others send, are first copied into shared
+memory that has no name (memfd): it is not limited by the size of /dev/shm, is reused from message to message, and is
+gone when both processes are. Both ends check names, order, keys, shapes and counts.
+
+The queue class is that of `torch.multiprocessing`, which is the standard library's; torch itself is loaded only when
+a plugin that handles torch tensors takes part.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import queue as queues
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckptconv import dtypes, families, lazy, metadata
+from ckptconv.errors import CkptconvError, ProtocolError
+from ckptconv.lazy import Cast, FileTensor, LazyTensor
+from ckptconv.messages import KEY_ALIASES, MESSAGE_ALIASES, Expected, canonical, check, expected
+from ckptconv.metadata import Metadata
+
+log = logging.getLogger("ckptconv")
+
+#: Shared memory that may be in flight before a loader waits. One message may always be, whatever its size.
+MEMORY = 256 << 20
+_POLL = 0.2
+
+
+class Stopped(CkptconvError):
+    """The other side is gone or has failed; its own message says why."""
+
+
+@dataclass
+class Wire:
+    """One message on the queue: its tensors, and how much shared memory goes back when it has been used."""
+
+    name: str
+    tensors: dict[str, LazyTensor]
+    buffer: int | None = None
+
+
+class _Shared:
+    """Unnamed shared memory, reused. Buffers are never closed while the run lasts: readers keep them open by path."""
+
+    def __init__(self, limit: int, returned: Any, alive: Callable[[], None]) -> None:
+        self._limit, self._returned, self._alive = limit, returned, alive
+        self._descriptors: list[int] = []
+        self._free: list[int] = []
+        self._sizes: list[int] = []
+        self._used: dict[int, int] = {}
+        self.peak = 0
+
+    def take(self, nbytes: int) -> int:
+        """A buffer of at least `nbytes`; waits while more than the limit is in flight."""
+        while self._used and sum(self._used.values()) + nbytes > self._limit:
+            self._alive()
+            try:
+                self._back(self._returned.get(timeout=_POLL))
+            except queues.Empty:
+                continue
+        while not self._returned.empty():
+            self._back(self._returned.get())
+        if self._free:
+            number = max(self._free, key=lambda n: self._sizes[n])
+            self._free.remove(number)
+        else:
+            number = len(self._descriptors)
+            self._descriptors.append(os.memfd_create(f"ckptconv-{number}"))
+            self._sizes.append(0)
+        if self._sizes[number] < nbytes:
+            os.ftruncate(self._descriptors[number], nbytes)
+            self._sizes[number] = nbytes
+        self._used[number] = nbytes
+        self.peak = max(self.peak, sum(self._sizes))
+        return number
+
+    def _back(self, number: int) -> None:
+        del self._used[number]
+        self._free.append(number)
+
+    def write(self, number: int, offset: int, data: memoryview) -> None:
+        while data:
+            count = os.pwrite(self._descriptors[number], data, offset)
+            data, offset = data[count:], offset + count
+
+    def path(self, number: int) -> str:
+        return f"/proc/{os.getpid()}/fd/{self._descriptors[number]}"
+
+
+class Sender:
+    """What a loader puts into. Accepts our lazy tensors and torch tensors, today's names and the older ones."""
+
+    def __init__(self, queue: Any, returned: Any, *, checking: bool, dtype: str | None, loader: str,
+                 memory: int, alive: Callable[[], None], model_type: str | None = None) -> None:  # fmt: skip
+        self._queue, self._checking, self._dtype, self._loader, self._alive = queue, checking, dtype, loader, alive
+        self._shared = _Shared(memory, returned, alive)
+        self._model_type = model_type
+        self._metadata: Metadata | None = None
+        self._namespace: Any = None
+        self._held: list[dict[str, Any]] = []  # messages that came before the sizes were known
+        self._wanted: Iterator[Expected] = iter(())
+        self._next: Expected | None = None
+        self._cast: set[str] = set()
+        self.finished = False
+
+    @property
+    def shared_bytes(self) -> int:
+        """Most shared memory this side has held at once."""
+        return self._shared.peak
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Send metadata, a message, or `done`. Raises ProtocolError on anything out of order or shape."""
+        if self.finished:
+            return  # loaders in the wild say "done" twice
+        if isinstance(item, str):
+            self._word(item)
+        elif self._namespace is None:
+            self._begin(item)
+        elif isinstance(item, dict) and "name" in item:
+            self._message(canonical(item))
+        else:
+            raise ProtocolError(f"loader {self._loader}: put a {type(item).__name__}, expected a dict with a 'name'.")
+
+    put_nowait = put
+
+    def _word(self, word: str) -> None:
+        if word == "exit":
+            raise ProtocolError(f"loader {self._loader}: gave up (it sent 'exit'); see what it printed above.")
+        if word != "done":
+            raise ProtocolError(f"loader {self._loader}: put the string {word!r}, expected 'done' or 'exit'.")
+        if self._metadata is None or self._next is not None:
+            lacking = repr(self._next.name) if self._next else "the metadata or the first layer"
+            raise ProtocolError(
+                f"loader {self._loader}: ended before sending {lacking}. Every message of the model must be sent once."
+            )
+        self.finished = True
+        self._send("done")
+
+    def _begin(self, namespace: Any) -> None:
+        if isinstance(namespace, dict) or not hasattr(namespace, "__dict__"):
+            raise ProtocolError(
+                f"loader {self._loader}: began with a {type(namespace).__name__}, expected a Namespace of metadata."
+            )
+        self._namespace = namespace
+        known = metadata.read(namespace)
+        if known:
+            self._open(known)
+
+    def _open(self, known: Metadata) -> None:
+        if self._dtype:
+            known = _cast_metadata(known, self._dtype)
+        if self._model_type:
+            families.check_model_type(self._model_type, known.spec)
+        self._metadata = known
+        self._wanted = expected(known.spec)
+        self._next = next(self._wanted)
+        ours = metadata.build(known)
+        theirs = {k: v for k, v in vars(self._namespace).items() if _plain(v) and not hasattr(ours, k)}
+        self._send(type(ours)(**{**theirs, **vars(ours)}))
+
+    def _message(self, message: dict[str, Any]) -> None:
+        if self._metadata is None:
+            # A loader that knows only Megatron's fields: sizes are complete once the first layer is here.
+            self._held.append(message)
+            if len(self._held) < 2:
+                return
+            first, layer = self._held
+            if "word embeddings" not in first or "qkv weight" not in layer:
+                raise ProtocolError(
+                    f"loader {self._loader}: began with messages {first['name']!r} and {layer['name']!r}, expected "
+                    "'embeddings' with 'word embeddings' and 'transformer layer 0' with 'qkv weight'."
+                )
+            self._open(metadata.complete(self._namespace, first, layer, self._loader))
+            for held in self._held:
+                self._check_and_send(held)
+            self._held.clear()
+        else:
+            self._check_and_send(message)
+
+    def _check_and_send(self, message: dict[str, Any]) -> None:
+        want = self._next
+        if want is None:
+            if not self._checking:
+                return
+            raise ProtocolError(f"loader {self._loader}: sent {message['name']!r} after the last message of the model.")
+        _trim_vocabulary(message, want)
+        tensors = check(message, want, self._checking)
+        self._send(self._wire(want, tensors))
+        self._next = next(self._wanted, None)
+
+    def _wire(self, want: Expected, tensors: dict[str, Any]) -> Wire:
+        assert self._metadata is not None
+        known: dict[str, LazyTensor] = {}
+        real = {key: value for key, value in tensors.items() if not isinstance(value, LazyTensor)}
+        for key, value in tensors.items():
+            dtype = self._metadata.dtype(want.name, key)
+            if key not in real:
+                known[key] = value if value.dtype == dtype else Cast(value, dtype)
+        if not real:
+            return Wire(want.name, {key: known[key] for key in tensors})
+        number, offset = self._shared.take(sum(_aligned(t.nbytes) for t in real.values())), 0
+        for key, value in real.items():
+            dtype = self._metadata.dtype(want.name, key)
+            if not self._dtype and str(value.dtype) != f"torch.{dtype}" and key not in self._cast:
+                self._cast.add(key)
+                log.warning("loader %s: %r is %s, sent as %s (params_dtype)", self._loader, key, value.dtype, dtype)
+            tensor = value.detach().cpu().to(dtypes.of_torch(dtype)).contiguous()
+            self._shared.write(number, offset, lazy.as_bytes(lazy.as_numpy(tensor.reshape(-1))))
+            known[key] = FileTensor(self._shared.path(number), offset, dtype, tuple(tensor.shape))
+            offset += _aligned(tensor.nbytes)
+        return Wire(want.name, {key: known[key] for key in tensors}, number)
+
+    def _send(self, item: Any) -> None:
+        while True:
+            self._alive()
+            try:
+                self._queue.put(item, timeout=_POLL)
+            except queues.Full:
+                continue
+            return
+
+
+class Receiver:
+    """What a saver gets from. Ours iterate over `messages`; those of others call `get`."""
+
+    def __init__(self, queue: Any, returned: Any, *, checking: bool, args: Any, alive: Callable[[], None]) -> None:
+        self._queue, self._returned, self._checking, self._args, self._alive = queue, returned, checking, args, alive
+        self._metadata: Metadata | None = None
+        self._wanted: Iterator[Expected] = iter(())
+        self.finished = False
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """The next item for a plugin of others: Namespace, dict of real tensors in private memory, or `done`."""
+        if self.finished:
+            return "done"
+        if self._metadata is None:
+            namespace = self._open()
+            return metadata.for_plugin(namespace, self._args)
+        item = self._checked()
+        if item is None:
+            return "done"
+        want, wire = item
+        message = Message({key: lazy.to_torch(value) for key, value in wire.tensors.items()})
+        message["name"] = MessageName(want.name)
+        self.release(wire)
+        return message
+
+    get_nowait = get
+
+    def metadata(self) -> Metadata:
+        """The first message. Call once, before `messages`."""
+        self._open()
+        assert self._metadata is not None
+        return self._metadata
+
+    def messages(self) -> Iterator[tuple[Expected, Wire]]:
+        """Every message in order, checked. `release` each when its tensors are no longer needed."""
+        while (item := self._checked()) is not None:
+            yield item
+
+    def release(self, wire: Wire) -> None:
+        """Give a message's shared memory back to the loader."""
+        if wire.buffer is not None:
+            self._returned.put(wire.buffer)
+
+    def _open(self) -> Any:
+        namespace = self._take()
+        self._metadata = metadata.read(namespace)
+        if self._metadata is None:
+            raise ProtocolError("the stream did not begin with metadata")
+        self._wanted = expected(self._metadata.spec)
+        return namespace
+
+    def _checked(self) -> tuple[Expected, Wire] | None:
+        item = self._take()
+        want = next(self._wanted, None)
+        if item == "done":
+            if want is not None:
+                raise ProtocolError(f"the stream ended before {want.name!r}.")
+            self.finished = True
+            return None
+        if want is None:
+            raise ProtocolError(f"message {item.name!r} came after the last one of the model.")
+        check({"name": item.name, **item.tensors}, want, self._checking)
+        return want, item
+
+    def _take(self) -> Any:
+        while True:
+            try:
+                return self._queue.get(timeout=_POLL)
+            except queues.Empty:
+                self._alive()
+
+
+class MessageName(str):
+    """A message's name that equals its older spellings too, so that older savers find what they compare with."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, MESSAGE_ALIASES.get(other, other) if isinstance(other, str) else other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+class Message(dict[str, Any]):
+    """A message whose keys can be had by their older names too."""
+
+    def __missing__(self, key: str) -> Any:
+        if key in KEY_ALIASES and KEY_ALIASES[key] in self:
+            return self[KEY_ALIASES[key]]
+        raise KeyError(key)
+
+    def __contains__(self, key: object) -> bool:
+        return dict.__contains__(self, key) or (isinstance(key, str) and dict.__contains__(self, KEY_ALIASES.get(key)))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return super().get(key if dict.__contains__(self, key) else KEY_ALIASES.get(key, key), default)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        if not dict.__contains__(self, key):
+            key = KEY_ALIASES.get(key, key)
+        return dict.pop(self, key, *default)
+
+
+def context() -> Any:
+    """Processes are spawned, never forked: a fork of a process with threads and torch in it can hang."""
+    return multiprocessing.get_context("spawn")
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+def _plain(value: object) -> bool:
+    """Whether a metadata field of a plugin can cross to a process that lacks its classes."""
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _trim_vocabulary(message: dict[str, Any], want: Expected) -> None:
+    """Drop padding rows that a Megatron loader left on: messages carry the true vocabulary."""
+    for key in ("word embeddings", "weight"):
+        rows = want.shapes.get(key, (0,))[0]
+        if want.name not in ("embeddings", "output layer") or key not in message:
+            continue
+        tensor = message[key]
+        if not isinstance(tensor, LazyTensor) and len(tensor.shape) == 2 and tensor.shape[0] > rows > 0:
+            message[key] = tensor[:rows]
+
+
+def _cast_metadata(known: Metadata, dtype: str) -> Metadata:
+    """The same model stored as `dtype` throughout: `--dtype` asks for every tensor to be converted."""
+    return replace(known, spec=known.spec.replace(dtype=dtype), dtypes={})
