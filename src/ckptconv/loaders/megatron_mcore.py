@@ -1,0 +1,347 @@
+"""Megatron-Core checkpoints in the `torch` format, of any tensor and pipeline parallel size.
+
+Sizes are found from the directory names and the pickled args, which are read without Megatron and without running
+anything. Tensors are joined over ranks; those every rank has must be equal.
+"""
+
+from __future__ import annotations
+
+import logging
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from ckptconv import companions, families, lazy, metadata
+from ckptconv.containers import rankdir, torchzip
+from ckptconv.errors import CkptconvError, SourceError, near, some
+from ckptconv.formats import mcore, megatron_args
+from ckptconv.layout import Layout
+from ckptconv.lazy import LazyTensor
+from ckptconv.messages import Expected, expected
+from ckptconv.metadata import Metadata, Origin
+from ckptconv.ops import assemble
+from ckptconv.sharding import Placement, place
+from ckptconv.spec import ModelSpec, differences
+
+log = logging.getLogger("ckptconv.loader")
+
+#: Keys of a rank file that are not the model, and why they are left behind.
+NOT_WEIGHTS = {
+    "args": "read for the sizes",
+    "checkpoint_version": "read",
+    "iteration": "read",
+    "num_floating_point_operations_so_far": "a counter",
+    "optimizer": "optimizer state is not converted",
+    "opt_param_scheduler": "optimizer state is not converted",
+    "lr_scheduler": "optimizer state is not converted",
+    "rng_state": "random number generator state is not converted",
+    "random_rng_state": "random number generator state is not converted",
+    "np_rng_state": "random number generator state is not converted",
+    "torch_rng_state": "random number generator state is not converted",
+    "cuda_rng_state": "random number generator state is not converted",
+    "rng_tracker_states": "random number generator state is not converted",
+    "rerun_state_machine": "trainer state",
+    "modelopt_state": "state of an optimizer toolkit",
+    "tokens": "a counter",
+    "total_iters": "a counter",
+    "content_metadata": "describes the optimizer state",
+}
+
+
+def recognises(load_dir: str) -> str | None:
+    """Why a directory looks like ours, or None."""
+    folder = Path(load_dir)
+    if (folder / rankdir.TRACKER).is_file():
+        return f"it has {rankdir.TRACKER}"
+    if folder.is_dir() and any(rankdir.parse_name(entry.name) for entry in folder.iterdir()):
+        return "it has mp_rank directories"
+    return None
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Flags of this loader."""
+    group = parser.add_argument_group("loader megatron_mcore")
+    group.add_argument("--iteration", metavar="N|release",
+                       help="which checkpoint of the directory (default: what the tracker file says)")  # fmt: skip
+    group.add_argument("--true-vocab-size", type=int, metavar="N",
+                       help="rows of the embedding that are tokens; the rest is padding and dropped")  # fmt: skip
+    group.add_argument("--vocab-file", metavar="PATH", help="a JSON vocabulary: its length is the true vocabulary size")
+
+
+def load_checkpoint(queue: Any, args: Namespace) -> None:
+    """Send the model in args.load_dir. Raises SourceError."""
+    source = _Source(args)
+    queue.put(metadata.build(source.metadata()))
+    for message in expected(source.spec):
+        queue.put({"name": message.name, **source.tensors(message)})
+    queue.put("done")
+
+
+class _Source:
+    """One iteration: its rank files, the model they hold, and which of their tensors have been used."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.top = Path(args.load_dir)
+        self.directory, self.iteration = rankdir.find_iteration(self.top, args.iteration)
+        self._paths, self._arguments = rankdir.rank_files(self.directory)
+        tp, pp = 1 + max(t for t, _ in self._paths), 1 + max(p for _, p in self._paths)
+        self._read(tp, pp)
+        self._provenance = self._read_provenance()
+        self._companions = self._find_companions()
+        self.spec, self.padded = self._model(args)
+        self.layout = Layout(self.spec.num_layers, tp, pp)
+        self._stored = mcore.target_spec(self.spec) if self._filled() else self.spec
+        self._messages = {message.name: message for message in expected(self._stored)}
+        names = [name for stage in self._tensors.values() for name in stage]
+        self._table = mcore.TABLES[mcore.implementation(names)]
+        self._check_names()
+        self._settle_filled()
+        self._check_replicas()
+
+    # Files
+
+    def _read(self, tp: int, pp: int) -> None:
+        self._tensors: dict[tuple[int, int], dict[str, LazyTensor]] = {}
+        self.ignored: dict[str, str] = {}
+        for rank, path in self._paths.items():
+            root = torchzip.read(str(path))
+            model = self._model_part(path, root)
+            self._tensors[rank] = {}
+            for name, value in model.items():
+                name = name.removeprefix("module.")
+                rule = next((rule for rule in mcore.IGNORE if name.endswith(rule.suffix)), None)
+                if rule:
+                    self.ignored["*" + rule.suffix] = rule.reason
+                elif isinstance(value, LazyTensor):
+                    self._tensors[rank][name] = value
+                else:
+                    raise SourceError(f"{path}: {name} is a {type(value).__name__}, expected a tensor.")
+        for name, said in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp)):
+            value = self._arguments.get(name)
+            if isinstance(value, int) and value != said:
+                raise SourceError(
+                    f"{self.directory}: the args say {name} {value}, but there are {said} such ranks "
+                    f"({some(str(p.parent.name) for p in self._paths.values())}). Are rank directories missing?"
+                )
+
+    def _model_part(self, path: Path, root: Any) -> dict[str, Any]:
+        if not isinstance(root, dict):
+            raise SourceError(f"{path}: holds a {type(root).__name__}, expected a dict with a 'model'.")
+        if "model0" in root:
+            raise SourceError(f"{path}: has virtual pipeline stages (model0, ...), which are not supported yet.")
+        model = root.get("model")
+        if not isinstance(model, dict):
+            raise SourceError(f"{path}: has no 'model'; it has {some(str(key) for key in root)}.")
+        unknown = [str(key) for key in root if key != "model" and key not in NOT_WEIGHTS]
+        if unknown:
+            raise SourceError(f"{path}: has {some(unknown)} beside the model, which no rule knows. They would be lost.")
+        self.ignored |= {key: NOT_WEIGHTS[key] for key in root if key != "model"}
+        names = [str(name) for name in model]
+        for mark, what in mcore.FOREIGN.items():
+            found = next((name for name in names if mark in name), None)
+            if found:
+                raise SourceError(f"{path}: holds {found}: {what}, which this loader does not read.")
+        return model
+
+    def _read_provenance(self) -> dict[str, Any] | None:
+        """What we noted when this iteration was written by us; None for a checkpoint of the trainer's."""
+        path = self.directory / companions.PROVENANCE
+        return companions.read_json(path) if path.is_file() else None
+
+    def _find_companions(self) -> dict[str, str]:
+        for folder in (self.directory / companions.FOLDER, self.top / companions.FOLDER,
+                       self.directory.parent / companions.FOLDER):  # fmt: skip
+            found = companions.find(folder)
+            if found:
+                return found
+        return {}
+
+    # The model
+
+    def _model(self, args: Namespace) -> tuple[ModelSpec, int]:
+        where = str(self._paths[0, 0])
+        reasons = megatron_args.unsupported(self._arguments)
+        if reasons:
+            raise SourceError(f"{where}: its args describe a model that is not supported yet: {'; '.join(reasons)}.")
+        values = megatron_args.spec_of(self._arguments, where)
+        embedding = self._tensors[0, 0].get("embedding.word_embeddings.weight")
+        if embedding is None:
+            raise SourceError(
+                f"{where}: has no embedding.word_embeddings.weight; it has {some(self._tensors[0, 0])}. "
+                "Is this a GPT model of megatron-core?"
+            )
+        padded = embedding.shape[0] * len({t for t, _ in self._paths})
+        values |= {"dtype": embedding.dtype, "vocab_size": self._vocabulary(args, padded), "family": ""}
+        spec = ModelSpec(**values)  # type: ignore[arg-type]
+        return self._named(spec), padded
+
+    def _vocabulary(self, args: Namespace, padded: int) -> int:
+        """Rows that are tokens. Told by a flag, noted by us, said by the args or config.json; else all rows."""
+        noted = (self._provenance or {}).get("spec", {}).get("vocab_size")
+        config = companions.read_config(self._companions) or {}
+        told = args.true_vocab_size
+        if told is None and args.vocab_file:
+            told = len(companions.read_json(args.vocab_file))
+        if told is not None and not 0 < told <= padded:
+            raise SourceError(
+                f"{self.directory}: the true vocabulary was said to be {told}, but the embedding has {padded} rows."
+            )
+        for value in (told, noted, config.get("vocab_size"), self._arguments.get("vocab_size")):
+            if isinstance(value, int) and 0 < value <= padded:
+                return value
+        log.warning(
+            "loader: nothing says how many of the %d embedding rows are tokens: all are kept. "
+            "--true-vocab-size drops padding.", padded
+        )  # fmt: skip
+        return padded
+
+    def _named(self, spec: ModelSpec) -> ModelSpec:
+        """The family, and the biases that were only written because Megatron's linears have all or none."""
+        noted = (self._provenance or {}).get("spec")
+        known = ModelSpec.from_json(noted, str(self.directory / companions.PROVENANCE)) if noted else None
+        if known is None:
+            config = companions.read_config(self._companions)
+            if config is None:
+                return spec
+            try:
+                where = self._companions[companions.CONFIG]
+                known = families.of_config(config, where).spec(config, where)
+            except CkptconvError as error:
+                log.warning("loader: the config.json kept with the checkpoint is of no use: %s", error)
+                return spec
+        ignore = ("family", "dtype", "seq_length", "qkv_bias", "dense_bias", "mlp_bias", "vocab_size")
+        same = not differences(known, spec, (*ignore, "rope", "max_position_embeddings"))
+        if not same or mcore.target_spec(known) != mcore.target_spec(known.replace(
+            qkv_bias=spec.qkv_bias, dense_bias=spec.dense_bias, mlp_bias=spec.mlp_bias)):  # fmt: skip
+            return spec
+        changes: dict[str, Any] = {
+            name: getattr(known, name) for name in ("family", "qkv_bias", "dense_bias", "mlp_bias")
+        }
+        if self._provenance is not None:
+            # The args cannot carry every rope setting; what we noted for these very weights can.
+            changes |= {name: getattr(known, name) for name in ("rope", "max_position_embeddings", "seq_length")}
+        return spec.replace(**changes)
+
+    # Biases written as zeros
+
+    def _filled(self) -> bool:
+        return mcore.target_spec(self.spec) != self.spec
+
+    def _settle_filled(self) -> None:
+        """Biases that the source lacked are dropped if they still are zero; trained ones become part of the model."""
+        if self._stored == self.spec:
+            return
+        groups = {"qkv_bias": ("qkv bias",), "dense_bias": ("dense bias",),
+                  "mlp_bias": ("mlp l0 bias", "mlp l0 bias W", "mlp l0 bias V", "mlp l1 bias")}  # fmt: skip
+        for name, keys in groups.items():
+            if getattr(self.spec, name) or not getattr(self._stored, name):
+                continue
+            for message in self._messages.values():
+                trained = [
+                    key for key in keys
+                    if key in message.shapes and not lazy.all_zero(self._joined(message, key))
+                ]  # fmt: skip
+                if trained:
+                    log.warning("loader: %r of %r is not zero: the model has %s now", trained[0], message.name, name)
+                    self.spec = self.spec.replace(**{name: True})
+                    break
+            else:
+                self.ignored[name] = "zeros that Megatron's all-or-none linear biases needed"
+
+    # Names: every tensor is used or ignored by a rule
+
+    def _placed(self, message: Expected) -> list[Placement]:
+        return place(self._table, message, self._stored, self.layout, self.padded)
+
+    def _check_names(self) -> None:
+        for rank, path in self._paths.items():
+            wanted = {
+                p.name: p for m in self._messages.values() for p in self._placed(m) if p.stage == rank[1]
+            }
+            there = self._tensors[rank]
+            missing = [name for name in wanted if name not in there]
+            extra = [name for name in there if name not in wanted]
+            if missing:
+                raise SourceError(
+                    f"{path}: lacks {some(missing)}; the args say a model of {self.spec.num_layers} layers on "
+                    f"{self.layout.pp} stages.{near(missing[0], extra)}"
+                )
+            if extra:
+                raise SourceError(f"{path}: holds {some(extra)}, which no rule knows. They would be lost.")
+            for name, placement in wanted.items():
+                placement.row.cut.check(name, placement.shapes, self.layout.tp, self.spec)
+                if there[name].shape != placement.part_shape:
+                    raise SourceError(
+                        f"{path}: {name} is {list(there[name].shape)}, expected {list(placement.part_shape)} "
+                        f"from the args (tp {self.layout.tp})."
+                    )
+                first = self._tensors[0, rank[1]][name]
+                if there[name].dtype != first.dtype:
+                    raise SourceError(f"{path}: {name} is {there[name].dtype}, on rank 0 it is {first.dtype}.")
+
+    def _check_replicas(self) -> None:
+        """Tensors that every rank has must be the same on all: a free check of the checkpoint's integrity."""
+        for message in self._messages.values():
+            for placement in self._placed(message):
+                if placement.row.cut.replicated:
+                    self._check_equal(placement)
+                if placement.row.last_stage:
+                    self._check_tied(placement)
+
+    def _check_equal(self, placement: Placement) -> None:
+        first = self._tensors[0, placement.stage][placement.name]
+        for rank in range(1, self.layout.tp):
+            if not lazy.equal(first, self._tensors[rank, placement.stage][placement.name]):
+                path = self._paths[rank, placement.stage]
+                raise SourceError(
+                    f"{path}: {placement.name} differs from rank 0's, but every rank must hold the same. "
+                    "The ranks have drifted apart or are of different checkpoints."
+                )
+
+    def _check_tied(self, placement: Placement) -> None:
+        for rank in range(self.layout.tp):
+            last = self._tensors[rank, placement.stage][placement.name]
+            first = self._tensors[rank, 0]["embedding.word_embeddings.weight"]
+            if not lazy.equal(first, last):
+                raise SourceError(
+                    f"{self._paths[rank, placement.stage]}: {placement.name} differs from the embedding on the first "
+                    "stage, but the args say they are tied (untie_embeddings_and_output_weights is False)."
+                )
+
+    # The stream
+
+    def metadata(self) -> Metadata:
+        """The first message."""
+        kinds: dict[str, dict[str, str]] = {}
+        for message in expected(self.spec):
+            for key, tensor in self.tensors(message).items():
+                if tensor.dtype != self.spec.dtype:
+                    kinds.setdefault(message.name, {})[key] = tensor.dtype
+        divisor = self._arguments.get("make_vocab_size_divisible_by")
+        files = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in self._paths.values()]
+        text = {name: self._arguments.get(name) for name in ("tokenizer_type", "tokenizer_model")}
+        return Metadata(
+            spec=self.spec,
+            origin=Origin("megatron_mcore", str(self.directory), files, self._companions,
+                          [f"ignored {name}: {reason}" for name, reason in sorted(self.ignored.items())]),
+            dtypes=kinds,
+            iteration=self.iteration,
+            tp=self.layout.tp,
+            pp=self.layout.pp,
+            make_vocab_size_divisible_by=divisor if isinstance(divisor, int) else None,
+            **{name: value if isinstance(value, str) else None for name, value in text.items()},
+        )  # fmt: skip
+
+    def tensors(self, message: Expected) -> dict[str, LazyTensor]:
+        """The full tensors of one message, not read."""
+        return {key: self._joined(self._messages[message.name], key) for key in message.shapes}
+
+    def _joined(self, message: Expected, key: str) -> LazyTensor:
+        placement = next(p for p in self._placed(message) if key in p.keys and not p.row.last_stage)
+        tiles = placement.tiles(key)
+        if placement.row.cut.replicated:
+            tiles = tiles[:1]
+        parts = [self._tensors[rank, placement.stage][placement.name] for rank in range(self.layout.tp)]
+        whole = assemble(tiles, parts, placement.shapes[placement.keys.index(key)])
+        rows = message.shapes[key][0]
+        return whole if whole.shape[0] == rows else whole.narrow_rows(0, rows)

@@ -1,0 +1,1 @@
+"""Built-in savers, one module each."""

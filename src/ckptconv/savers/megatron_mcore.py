@@ -1,0 +1,189 @@
+"""Megatron-Core checkpoints in the `torch` format: one model_optim_rng.pt per tensor and pipeline rank."""
+
+from __future__ import annotations
+
+import logging
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from ckptconv import companions, writing
+from ckptconv.containers import rankdir, torchzip
+from ckptconv.containers.inert import DTypeName
+from ckptconv.containers.plan import PlannedFile, Slot
+from ckptconv.errors import TargetError
+from ckptconv.formats import mcore, megatron_args
+from ckptconv.layout import Layout
+from ckptconv.lazy import LazyTensor, Zeros
+from ckptconv.messages import expected
+from ckptconv.metadata import Metadata
+from ckptconv.sharding import Placement, placements
+from ckptconv.spec import ModelSpec
+from ckptconv.staging import Staging
+from ckptconv.writing import Route, Routes
+
+log = logging.getLogger("ckptconv.saver")
+
+#: The loader that reads what this writes (for --verify).
+LOADER = "megatron_mcore"
+ARGS_FILE = "megatron_args.txt"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Flags of this saver."""
+    group = parser.add_argument_group("saver megatron_mcore")
+    group.add_argument("--target-tensor-parallel-size", "--target-tp", type=int, metavar="N",
+                       help="tensor parallel size (default: the source's, else 1)")  # fmt: skip
+    group.add_argument("--target-pipeline-parallel-size", "--target-pp", type=int, metavar="N",
+                       help="pipeline parallel size (default: the source's, else 1)")  # fmt: skip
+    group.add_argument("--saver-transformer-impl", choices=tuple(mcore.TABLES), default="transformer_engine",
+                       help="whose tensor names to write (default transformer_engine)")  # fmt: skip
+    group.add_argument("--make-vocab-size-divisible-by", type=int, metavar="N",
+                       help="pad the vocabulary to a multiple of N * tp (default: the source's, else 128)")  # fmt: skip
+    group.add_argument("--pad-vocab", choices=writing.PADDINGS, default="zero",
+                       help="padding rows: zeros, copies of the last row, or the mean row (default zero)")  # fmt: skip
+    group.add_argument("--allow-inexact", action="store_true",
+                       help="write even if Megatron computes something else from it; what differs is said")  # fmt: skip
+    group.add_argument("--tokenizer-type", metavar="NAME", help="written into the checkpoint's args")
+    group.add_argument("--tokenizer-model", metavar="PATH", help="written into the checkpoint's args")
+
+
+def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
+    """Write args.save_dir. Returns bytes and digests. Raises CkptconvError of any kind."""
+    with Staging(args.save_dir, overwrite=args.overwrite, resume=args.resume) as staging:
+        metadata = queue.metadata()
+        target = _Target(metadata, args)
+        mark = writing.fingerprint(metadata, saver="megatron_mcore", **target.flags, pad_vocab=args.pad_vocab)
+        written = writing.write(
+            queue, staging, target.plans, target.routes, target.fills, metadata, args, mark
+        )
+        described = {"format": "megatron_mcore", **target.flags, "limits": target.limits}
+        staging.add(
+            f"{target.directory}/{companions.PROVENANCE}", writing.provenance(metadata, described, written.digests)
+        )
+        small = [ARGS_FILE]
+        staging.add(ARGS_FILE, target.args_file())
+        for name, path in metadata.origin.companions.items():
+            staging.add(f"{companions.FOLDER}/{name}", Path(path).read_bytes())
+        if metadata.origin.companions:
+            small.append(companions.FOLDER)
+        staging.add(rankdir.TRACKER, str(metadata.iteration).encode())
+        staging.publish([target.directory, *small], [rankdir.TRACKER])
+    for sentence in target.limits:
+        log.warning("saver: %s", sentence)
+    return {"bytes": written.bytes, "digests": written.digests}
+
+
+class _Target:
+    """Everything that follows from the metadata and the flags, before the first byte."""
+
+    def __init__(self, metadata: Metadata, args: Namespace) -> None:
+        self._metadata = metadata
+        self.spec: ModelSpec = mcore.target_spec(metadata.spec)
+        tp = args.target_tensor_parallel_size or metadata.tp or 1
+        pp = args.target_pipeline_parallel_size or metadata.pp or 1
+        self.layout = Layout(self.spec.num_layers, tp, pp)
+        self._divisor = args.make_vocab_size_divisible_by or metadata.make_vocab_size_divisible_by or 128
+        self.padded = mcore.padded_vocab(self.spec.vocab_size, self._divisor, tp)
+        self._impl = args.saver_transformer_impl
+        self._tokenizer = (
+            args.tokenizer_type or metadata.tokenizer_type,
+            args.tokenizer_model or _tokenizer_folder(metadata, args.save_dir),
+        )
+        self.directory = rankdir.iteration_name(metadata.iteration)
+        self.limits = self._expressible(args.allow_inexact)
+        self.flags = {
+            "tp": tp, "pp": pp, "transformer_impl": self._impl, "padded_vocab_size": self.padded,
+            "make_vocab_size_divisible_by": self._divisor, "iteration": metadata.iteration,
+        }  # fmt: skip
+        self._placements = list(placements(mcore.TABLES[self._impl], self.spec, self.layout, self.padded))
+        self.plans = self._files()
+        self.routes, self.fills = self._ways()
+
+    def _expressible(self, allowed: bool) -> list[str]:
+        refusals = megatron_args.refusals(self._metadata.spec)
+        if refusals and not allowed:
+            reasons = "\n".join(f"  - {reason}" for reason in refusals)
+            raise TargetError(
+                f"megatron-core cannot express this model:\n{reasons}\n"
+                "Nothing was written. --allow-inexact writes the weights all the same."
+            )
+        return [*refusals, *megatron_args.limits(self._metadata.spec)]
+
+    def _dtype(self, placement: Placement) -> str:
+        kinds = {self._metadata.dtype(placement.message, key) for key in placement.keys}
+        if len(kinds) > 1:
+            raise TargetError(
+                f"{placement.name}: its parts {' and '.join(placement.keys)} are {' and '.join(sorted(kinds))}, but "
+                "it is one tensor in Megatron. Give --dtype to convert all weights."
+            )
+        return kinds.pop()
+
+    def _name(self, rank: int, stage: int) -> str:
+        return f"{self.directory}/{rankdir.directory_name(rank, stage, self.layout.pp)}/{rankdir.FILE}"
+
+    def _files(self) -> dict[str, PlannedFile]:
+        arguments = Namespace(
+            **megatron_args.namespace(
+                self._metadata.spec, tp=self.layout.tp, pp=self.layout.pp, padded_vocab_size=self.padded,
+                make_vocab_size_divisible_by=self._divisor, transformer_impl=self._impl,
+                iteration=self._metadata.iteration, tokenizer_type=self._tokenizer[0],
+                tokenizer_model=self._tokenizer[1], params_dtype=DTypeName(self.spec.dtype),
+                inexact=True,
+            )
+        )  # fmt: skip
+        slots: dict[int, dict[str, Slot]] = {stage: {} for stage in range(self.layout.pp)}
+        for placement in self._placements:
+            slot = Slot(placement.name, self._dtype(placement), placement.part_shape)
+            if placement.name in slots[placement.stage]:
+                raise TargetError(f"stage {placement.stage}: {placement.name} is planned twice")
+            slots[placement.stage][placement.name] = slot
+        return {
+            self._name(rank, stage): torchzip.plan({
+                "args": arguments,
+                "checkpoint_version": 3.0,
+                "iteration": self._metadata.iteration,
+                "model": slots[stage],
+                "num_floating_point_operations_so_far": 0,
+            })
+            for rank, stage in self.layout.ranks()
+        }  # fmt: skip
+
+    def _ways(self) -> tuple[Routes, list[tuple[LazyTensor, Route]]]:
+        sent = {m.name: m.shapes for m in expected(self._metadata.spec)}
+        routes: Routes = {}
+        fills: list[tuple[LazyTensor, Route]] = []
+        for placement in self._placements:
+            for key, shape in zip(placement.keys, placement.shapes, strict=True):
+                targets = [
+                    (self._name(tile.part, placement.stage), placement.name, tile) for tile in placement.tiles(key)
+                ]
+                if key not in sent[placement.message]:
+                    # A bias the model lacks, where Megatron's linears have all or none.
+                    fills.append((Zeros(self._dtype(placement), shape), Route(targets)))
+                    continue
+                route = routes.setdefault((placement.message, key), Route())
+                route.targets += targets
+                route.rows = shape[0] if placement.row.vocab else None
+        return routes, fills
+
+    def args_file(self) -> bytes:
+        """The training flags, one a line, behind comments that say what flags cannot."""
+        lines = [
+            "# Flags for Megatron-LM that rebuild this model. Paste between the parentheses of MODEL_ARGS=( ), or use",
+            f"# $(grep -v '^#' {ARGS_FILE}). Loading also needs --load DIR --finetune: there is no optimizer state.",
+        ]
+        lines += [f"# Beyond these flags: {sentence}" for sentence in self.limits]
+        lines += megatron_args.flags(
+            self._metadata.spec, tp=self.layout.tp, pp=self.layout.pp, make_vocab_size_divisible_by=self._divisor,
+            transformer_impl=self._impl, tokenizer_type=self._tokenizer[0], tokenizer_model=self._tokenizer[1],
+            padded_vocab_size=self.padded, inexact=True,
+        )  # fmt: skip
+        return ("\n".join(lines) + "\n").encode()
+
+
+def _tokenizer_folder(metadata: Metadata, save_dir: str) -> str | None:
+    """The carried tokenizer files, which a Hugging Face tokenizer is loaded from."""
+    if any(companions.is_tokenizer(name) for name in metadata.origin.companions):
+        return str(Path(save_dir).absolute() / companions.FOLDER)
+    return metadata.tokenizer_model
