@@ -1,0 +1,41 @@
+"""Session fixtures: tiny checkpoints on demand and the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures import build
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+
+
+@pytest.fixture(scope="session")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`hf(name, **options)`: directory of a Hugging Face fixture, built once in a session. Do not write into it."""
+    made: dict[str, Path] = {}
+
+    def get(name: str, **options: Any) -> Path:
+        key = repr((name, sorted(options.items())))
+        if key not in made:
+            made[key] = build(name, tmp_path_factory.mktemp("hf") / name, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`cli(*arguments)`: run `python -m ckptconv` of this checkout; the result is not checked."""
+    path = os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ckptconv", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+
+    return run
