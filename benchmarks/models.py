@@ -15,8 +15,8 @@ from ckptconv.spec import ModelSpec, Rope
 
 #: name -> (hidden, ffn, heads, groups, layers, vocabulary); bf16 sizes in the names.
 SIZES = {
-    "0.5GB": (1024, 4096, 16, 8, 13, 32000),
-    "2GB": (2048, 8192, 32, 8, 15, 32000),
+    "0.5GB": (1024, 4096, 16, 8, 12, 32000),
+    "2GB": (2048, 8192, 32, 8, 16, 32000),
     "8GB": (4096, 14336, 32, 8, 16, 64128),
     "70B": (8192, 28672, 64, 8, 80, 128256),
 }

@@ -49,17 +49,13 @@ class Runs:
     def __init__(self) -> None:
         self.runs: list[list[int]] = []  # [start, end, crc]
 
-    def add(self, start: int, data: memoryview) -> None:
-        """Account for `data` at byte `start`."""
+    def add(self, start: int, nbytes: int, crc: int) -> None:
+        """Account for `nbytes` bytes at `start` whose checksum is `crc`."""
         if self.runs and self.runs[-1][1] == start:
             last = self.runs[-1]
-            last[1], last[2] = start + len(data), crc32(data, last[2])
+            last[1], last[2] = start + nbytes, combine(last[2], crc, nbytes)
         else:
-            self.runs.append([start, start + len(data), crc32(data)])
-
-    def extend(self, start: int, end: int, crc: int) -> None:
-        """Account for a run whose checksum is known."""
-        self.runs.append([start, end, crc])
+            self.runs.append([start, start + nbytes, crc])
 
 
 def whole(runs: Iterable[list[int]], nbytes: int) -> int | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ckptconv import dtypes
-from ckptconv.errors import CkptconvError, UsageError, near
+from ckptconv import dtypes, numbers
+from ckptconv.errors import CkptconvError, UsageError, near, notes
 
 log = logging.getLogger("ckptconv")
 
@@ -51,25 +52,13 @@ def parser() -> _Parser:
     add("--dtype", choices=("keep", *dtypes.SHORT), default="keep", help="element type to convert to (default keep)")
     add("--bf16", action="store_true", help="the same as --dtype bf16")
     add("--fp16", action="store_true", help="the same as --dtype fp16")
-    add("--max-queue-size", type=_positive, default=50, metavar="N", help="messages in the queue (default 50)")
-    add("--max-memory", type=_size, metavar="SIZE", help="shared memory for messages of plugins that send tensors")
-    add("--threads", type=_positive, metavar="N", help="threads that copy (default: one per core, at most 8)")
+    add("--max-queue-size", type=numbers.positive, default=50, metavar="N", help="messages in the queue (default 50)")
+    add("--max-memory", type=numbers.size, metavar="SIZE", help="shared memory for plugins that send tensors")
+    add("--threads", type=numbers.positive, metavar="N", help="threads that copy (default: one per core, at most 8)")
     add("--no-checking", action="store_false", dest="checking", help="do not check message names and unknown keys")
     add("--no-progress", action="store_false", dest="progress", help="no progress bar")
     add("-v", "--verbose", action="store_true", help="say more, with tracebacks")
     return made
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _size(text: str) -> int:
-    from ckptconv.savers.hf import size
-
-    return size(text)
 
 
 def _spelled(argv: Sequence[str], made: argparse.ArgumentParser) -> list[str]:
@@ -156,8 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(error: BaseException, text: str | None = None) -> None:
-    notes = getattr(error, "__notes__", [])
-    print("\n".join([f"ckptconv: error: {text or error}", *notes]), file=sys.stderr)
+    print("\n".join([f"ckptconv: error: {text or error}", *notes(error)]), file=sys.stderr)
 
 
 def _convert(words: Sequence[str]) -> int:
@@ -167,6 +155,8 @@ def _convert(words: Sequence[str]) -> int:
     args, loader, saver = parse(words)
     from ckptconv import convert
 
+    if loader.ours and saver.ours:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads would only spin: nothing is computed
     convert.check_usage(args)
     reader = _reader(saver) if args.verify else ""
     report = convert.run(loader, saver, args)

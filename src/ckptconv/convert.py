@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptconv import errors, measure, plugins, transport
-from ckptconv.errors import CkptconvError, UsageError
+from ckptconv.errors import CkptconvError, ProtocolError, UsageError
 from ckptconv.plugins import Plugin
 
 log = logging.getLogger("ckptconv")
@@ -50,6 +51,7 @@ class _Saver:
         self._pipe, child = context.Pipe(duplex=False)
         self.failure: CkptconvError | None = None
         self.trace = ""
+        self.notes: list[str] = []
         self.result: dict[str, Any] | None = None
         self.ended = threading.Event()
         self._noticed = threading.Event()
@@ -57,7 +59,12 @@ class _Saver:
             target=_child, args=(plugin.name, args, self.queue, self.returned, child, os.getpid()), name="saver"
         )
         self._name = plugin.name
-        self._process.start()
+        # A Ctrl-C at this moment waits: the child must not get it before it can ignore it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         child.close()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -68,6 +75,8 @@ class _Saver:
                 kind, value = self._pipe.recv()
                 if kind == "done":
                     self.result = value
+                elif kind == "note":
+                    self.notes = value
                 elif kind == "error":
                     code, message, self.trace = value
                     self.failure = errors.BY_EXIT_CODE.get(code, CkptconvError)(message)
@@ -77,7 +86,7 @@ class _Saver:
             how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
             self.failure = CkptconvError(
                 f"the saver process ({self._name}) {how} before it had finished. Nothing it wrote is taken for "
-                "complete. If it was SIGKILL, the machine may have run out of memory."
+                "complete. After SIGKILL, see whether the machine ran out of memory. --resume goes on where it stopped."
             )
         self.ended.set()
         # A loader that sends or waits notices by itself; one that is busy elsewhere is woken.
@@ -120,6 +129,8 @@ def run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
     try:
         with _terminated_as_interrupt():
             loader.run(sender, args)
+            if sender.gave_up:
+                raise ProtocolError(f"loader {loader.name}: gave up (it sent 'exit'); see what it printed above.")
             if not sender.finished:
                 sender.put("done")
             process.join()
@@ -133,8 +144,9 @@ def run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
                 log.debug("saver:\n%s", process.trace)
             raise process.failure from None
         if isinstance(error, SystemExit):
-            raise CkptconvError(f"loader {loader.name} called exit({error.code}); see what it printed above.") from None
-        raise
+            error = CkptconvError(f"loader {loader.name} called exit({error.code}); see what it printed above.")
+        errors.annotate(error, process.notes)
+        raise error from error.__cause__
     result = process.result or {}
     peak = memory.stop() + sender.shared_bytes + int(result.get("peak_memory", 0))
     return Report(time.monotonic() - started, int(result.get("bytes", 0)), peak, result)
@@ -183,16 +195,21 @@ def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, par
     receiver = None
     try:
         saver = plugins.find("saver", name)
+        if saver.ours:
+            gc.disable()  # nothing here makes reference cycles worth the search
         receiver = transport.Receiver(queue, returned, checking=args.checking, args=args, alive=alive)
         result = saver.run(receiver, args)
-        if not receiver.finished and not saver.ours:
-            receiver.get()  # savers of others may stop before the last word
+        try:
+            receiver.rest()
+        except ProtocolError as error:
+            raise ProtocolError(f"saver {name}: {error}") from None
         result = dict(result) if isinstance(result, dict) else {}
         pipe.send(("done", {**result, "peak_memory": memory.stop()}))
-    except Terminated:
+    except Terminated as error:
+        pipe.send(("note", errors.notes(error)))
         _quit(queue, returned, 1)
     except CkptconvError as error:
-        text = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        text = "\n".join([str(error), *errors.notes(error)])
         pipe.send(("error", (error.exit_code, text, traceback.format_exc())))
         _quit(queue, returned, error.exit_code)
     except SystemExit as error:

@@ -13,18 +13,22 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptconv import dtypes
-from ckptconv.checksum import Runs, whole
+from ckptconv.checksum import Runs, crc32, whole
 from ckptconv.errors import TableError
 from ckptconv.files import close_written, write_exactly
 from ckptconv.lazy import LazyTensor, as_bytes, blocks, matrix
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ckptconv.containers.plan import PlannedFile
+    from ckptconv.lazy import Matrix
 
 #: Bytes read and written at once: small enough to stay in a core's cache between the two.
 BLOCK = 1 << 20
@@ -95,20 +99,45 @@ class Job:
     targets: Sequence[Target]
     digest_rows: int
     on_digest: Callable[[int], None]
-    runs: Runs = field(default_factory=Runs)
+    runs: list[list[int]] = field(default_factory=list)
     pending: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+@dataclass
+class _Unit:
+    """Consecutive blocks of a job, (first row, rows, targets) each, that write to the same files."""
+
+    job: Job
+    message: _Message
+    outputs: frozenset[int]
+    blocks: list[tuple[int, int, list[Target]]] = field(default_factory=list)
+    nbytes: int = 0
+
+
+@dataclass
+class _Message:
+    """Jobs submitted together: `done` is called when the last of their units is written."""
+
+    done: Callable[[], None]
+    units: int = 0
+
+
 class Engine:
-    """A few threads that work off jobs. Use as a context manager; `submit` blocks while enough work is waiting."""
+    """A few threads that work off jobs. Use as a context manager; `submit` blocks while enough work is waiting.
+
+    A thread prefers work on files that no other thread is writing: two writers of one file wait for its inode's lock.
+    """
 
     def __init__(self, threads: int, on_output: Callable[[Output], None], on_bytes: Callable[[int], None]) -> None:
-        self._work: queue.Queue[Callable[[_Buffers], None] | None] = queue.Queue(maxsize=4 * threads)
         self._on_output, self._on_bytes = on_output, on_bytes
         self._failure: BaseException | None = None
-        self._idle = threading.Condition()
-        self._waiting = 0
+        self._state = threading.Condition(threading.RLock())
+        self._pending: list[_Unit] = []
+        self._limit = 32 * threads
+        self._busy: Counter[int] = Counter()
+        self._left = 0  # units and outputs that are not settled
+        self._closed = False
         self._flusher: queue.Queue[Output | None] = queue.Queue()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
         self._threads.append(threading.Thread(target=self._flush, daemon=True))
@@ -119,34 +148,42 @@ class Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind and not self._failure:
-            self._failure = RuntimeError("stopped")  # threads drop what is still waiting
-        for _ in self._threads[:-1]:
-            self._work.put(None)
+        with self._state:
+            if kind:
+                self._fail(RuntimeError("stopped"))  # threads drop what is still waiting
+            self._closed = True
+            self._state.notify_all()
         self._flusher.put(None)
         for thread in self._threads:
             thread.join()
 
     def submit(self, jobs: Sequence[Job], done: Callable[[], None] = lambda: None) -> None:
         """Queue the blocks of `jobs`; `done` is called when all of them are written."""
+        message = _Message(done)
         units = []
         for job in jobs:
-            own = list(self._units(job))
+            own = list(_units(job, message))
             job.pending = len(own)
-            units += [(job, unit) for unit in own]
+            units += own
             if not own:
                 job.on_digest(0)
-        left = [len(units), threading.Lock()]
+        message.units = len(units)
         if not units:
             done()
-        for job, unit in units:
-            self._put(lambda buffers, job=job, unit=unit: self._copy(job, unit, buffers, left, done))  # type: ignore[misc]
+        for unit in units:
+            with self._state:
+                while len(self._pending) >= self._limit and not self._failure:
+                    self._state.wait()
+                self.check()
+                self._pending.append(unit)
+                self._left += 1
+                self._state.notify_all()
 
     def drain(self) -> None:
         """Wait until everything submitted so far is written and flushed. Raises what a thread failed with."""
-        with self._idle:
-            while self._waiting and not self._failure:
-                self._idle.wait(0.2)
+        with self._state:
+            while self._left and not self._failure:
+                self._state.wait()
         self.check()
 
     def check(self) -> None:
@@ -154,30 +191,38 @@ class Engine:
         if self._failure:
             raise self._failure
 
-    def _put(self, work: Callable[[_Buffers], None]) -> None:
-        with self._idle:
-            self._waiting += 1
-        while True:
-            self.check()
-            try:
-                return self._work.put(work, timeout=0.2)
-            except queue.Full:
-                continue
+    def _fail(self, error: BaseException) -> None:
+        with self._state:
+            self._failure = self._failure or error
+            self._state.notify_all()
 
-    def _settle(self) -> None:
-        with self._idle:
-            self._waiting -= 1
-            self._idle.notify_all()
+    def _take(self) -> _Unit | None:
+        """The next unit, on files of its own if there is one; None at the end."""
+        with self._state:
+            while not self._pending:
+                if self._closed or self._failure:
+                    return None
+                self._state.wait()
+            free = (n for n, unit in enumerate(self._pending) if not any(self._busy[o] for o in unit.outputs))
+            unit = self._pending.pop(next(free, 0))
+            self._busy.update(unit.outputs)
+            self._state.notify_all()
+            return unit
+
+    def _settle(self, outputs: frozenset[int] = frozenset()) -> None:
+        with self._state:
+            self._busy.subtract(outputs)
+            self._left -= 1
+            self._state.notify_all()
 
     def _run(self) -> None:
         buffers = _Buffers()
-        while (work := self._work.get()) is not None:
+        while (unit := self._take()) is not None:
             try:
-                if not self._failure:
-                    work(buffers)
+                self._copy(unit, buffers)
             except BaseException as error:  # handed to the thread that submits or drains
-                self._failure = self._failure or error
-            self._settle()
+                self._fail(error)
+            self._settle(unit.outputs)
 
     def _flush(self) -> None:
         while (output := self._flusher.get()) is not None:
@@ -186,94 +231,94 @@ class Engine:
                     output.finish()
                     self._on_output(output)
             except BaseException as error:
-                self._failure = self._failure or error
+                self._fail(error)
             self._settle()
 
-    def _units(self, job: Job) -> list[list[tuple[int, int]]]:
-        """Runs of consecutive blocks, each run at most UNIT bytes. Blocks end where a target begins or ends."""
-        edges = [job.digest_rows]
-        for target in job.targets:
-            edges += [target.row, target.row + target.rows]
-        units: list[list[tuple[int, int]]] = []
-        size = UNIT
-        per_row = job.tensor.cols * dtypes.size_of(job.tensor.dtype)
-        for row, count in blocks(job.tensor, BLOCK, edges):
-            if size >= UNIT:
-                units.append([])
-                size = 0
-            units[-1].append((row, count))
-            size += count * per_row
-        return units
-
-    def _copy(
-        self, job: Job, unit: list[tuple[int, int]], buffers: _Buffers, left: list[Any], done: Callable[[], None]
-    ) -> None:
+    def _copy(self, unit: _Unit, buffers: _Buffers) -> None:
         """Read the blocks of a unit, write them to their targets, then settle accounts."""
-        tensor = job.tensor
-        width, cols = dtypes.size_of(tensor.dtype), tensor.cols
-        first, last = unit[0][0], unit[-1][0] + unit[-1][1]
-        targets = [t for t in job.targets if t.row < last and first < t.row + t.rows]
+        job, tensor = unit.job, unit.job.tensor
+        row_bytes = tensor.cols * dtypes.size_of(tensor.dtype)
         digest = Runs()
         written: dict[tuple[int, str], tuple[Output, str, Runs]] = {}
-        for row, count in unit:
+        for row, count, targets in unit.blocks:
             if self._failure:
                 return
-            block = buffers.get(0, count, cols, tensor.dtype)
+            block = buffers.get(0, count, tensor.cols, tensor.dtype)
             tensor.read(block, row, 0)
+            crc = crc32(as_bytes(block))
             if row < job.digest_rows:
-                digest.add(row * cols * width, as_bytes(block))
-            moved = 0
+                digest.add(row * row_bytes, count * row_bytes, crc)
             for t in targets:
-                if t.row <= row < t.row + t.rows:
-                    runs = written.setdefault((id(t.output), t.slot), (t.output, t.slot, Runs()))[2]
-                    moved += self._write(t, row, count, block, runs, buffers, tensor.dtype)
-            self._on_bytes(moved)
+                runs = written.setdefault((id(t.output), t.slot), (t.output, t.slot, Runs()))[2]
+                _write(t, row, block, crc, runs, buffers)
+            self._on_bytes(sum(count * t.cols for t in targets) * dtypes.size_of(tensor.dtype))
         for output, slot, runs in written.values():
             if output.account(slot, runs.runs):
-                with self._idle:
-                    self._waiting += 1
+                with self._state:
+                    self._left += 1
                 self._flusher.put(output)
         with job.lock:
-            for run in digest.runs:
-                job.runs.extend(*run)
+            job.runs += digest.runs
             job.pending -= 1
             complete = not job.pending
         if complete:
-            crc = whole(job.runs.runs, job.digest_rows * cols * width)
-            if crc is None:
+            value = whole(job.runs, job.digest_rows * row_bytes)
+            if value is None:
                 raise TableError("a tensor was not read exactly once")
-            job.on_digest(crc)
-        with left[1]:
-            left[0] -= 1
-            last_unit = not left[0]
-        if last_unit:
-            done()
+            job.on_digest(value)
+        with self._state:
+            unit.message.units -= 1
+            last = not unit.message.units
+        if last:
+            unit.message.done()
 
-    @staticmethod
-    def _write(t: Target, row: int, count: int, block: Any, runs: Runs, buffers: _Buffers, dtype: str) -> int:
-        """Write the part of a block that belongs to `t`; returns bytes."""
-        slot = t.output.plan.slots[t.slot]
-        slot_cols, width = matrix(slot.shape)[1], dtypes.size_of(dtype)
-        slot_row = t.slot_row + row - t.row
-        if t.cols == block.shape[1]:
-            data = block
-        else:
-            data = buffers.get(1, count, t.cols, dtype)
-            data[...] = block[:, t.col : t.col + t.cols]
-        base = t.output.plan.offsets[t.slot]
-        view = as_bytes(data)
-        if t.cols == slot_cols:
-            start = slot_row * slot_cols * width
-            write_exactly(t.output.path, base + start, view)
-            runs.add(start, view)
-        else:
-            # Rows of the slot that come from several tensors: no format here has one, so it need not be fast.
-            for i in range(count):
-                start = ((slot_row + i) * slot_cols + t.slot_col) * width
-                line = view[i * t.cols * width : (i + 1) * t.cols * width]
-                write_exactly(t.output.path, base + start, line)
-                runs.add(start, line)
-        return len(view)
+
+def _units(job: Job, message: _Message) -> Iterator[_Unit]:
+    """A job's blocks in units of at most UNIT bytes; blocks end where a target begins or ends."""
+    begins: dict[int, list[Target]] = {}
+    for target in job.targets:
+        begins.setdefault(target.row, []).append(target)
+    edges = {job.digest_rows, *begins, *(t.row + t.rows for t in job.targets)}
+    row_bytes = job.tensor.cols * dtypes.size_of(job.tensor.dtype)
+    active: list[Target] = []
+    unit: _Unit | None = None
+    for row, count in blocks(job.tensor, BLOCK, sorted(edges)):
+        if row in edges or row == 0:
+            active = [t for t in active if row < t.row + t.rows] + begins.get(row, [])
+        outputs = frozenset(id(t.output) for t in active)
+        if unit is None or unit.outputs != outputs or unit.nbytes >= UNIT:
+            if unit:
+                yield unit
+            unit = _Unit(job, message, outputs)
+        unit.blocks.append((row, count, active))
+        unit.nbytes += count * row_bytes
+    if unit:
+        yield unit
+
+
+def _write(t: Target, row: int, block: Matrix, crc: int, runs: Runs, buffers: _Buffers) -> None:
+    """Write the part of a block, which begins at `row`, that belongs to `t`. `crc` is that of the whole block."""
+    count, cols = block.shape
+    slot_cols, width = matrix(t.output.plan.slots[t.slot].shape)[1], block.itemsize
+    slot_row = t.slot_row + row - t.row
+    data = block
+    if t.cols != cols:
+        data = buffers.get(1, count, t.cols, block.dtype)
+        data[...] = block[:, t.col : t.col + t.cols]
+    base, view = t.output.plan.offsets[t.slot], as_bytes(data)
+    if t.cols == slot_cols:
+        start = slot_row * slot_cols * width
+        write_exactly(t.output.path, base + start, view)
+        if t.cols != cols:
+            crc = crc32(view) if t.output.plan.needs_crc else 0
+        runs.add(start, len(view), crc)
+        return
+    # Rows of the slot that come from several tensors: no format here has one, so it need not be fast.
+    for i in range(count):
+        start = ((slot_row + i) * slot_cols + t.slot_col) * width
+        line = view[i * t.cols * width : (i + 1) * t.cols * width]
+        write_exactly(t.output.path, base + start, line)
+        runs.add(start, len(line), crc32(line))
 
 
 class _Buffers:
@@ -282,15 +327,16 @@ class _Buffers:
     def __init__(self) -> None:
         self._memory: list[Any] = [None, None]
 
-    def get(self, which: int, rows: int, cols: int, dtype: str) -> Any:
+    def get(self, which: int, rows: int, cols: int, dtype: str | np.dtype[Any]) -> Matrix:
         """A [rows, cols] matrix of opaque elements; valid until the next call for the same `which`."""
         import numpy as np
 
-        kind = dtypes.opaque(dtype)
+        kind = dtypes.opaque(dtype) if isinstance(dtype, str) else dtype
         nbytes = rows * cols * kind.itemsize
         if self._memory[which] is None or len(self._memory[which]) < nbytes:
             self._memory[which] = np.empty(max(nbytes, BLOCK), np.uint8)
-        return self._memory[which][:nbytes].view(kind).reshape(rows, cols)
+        matrix: Matrix = self._memory[which][:nbytes].view(kind).reshape(rows, cols)
+        return matrix
 
 
 def default_threads() -> int:

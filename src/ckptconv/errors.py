@@ -76,24 +76,34 @@ BY_EXIT_CODE = {
 }  # fmt: skip
 
 
+def annotate(error: BaseException, lines: Iterable[str]) -> None:
+    """Add lines that are shown below the message (`BaseException.add_note` is younger than the oldest Python here)."""
+    error.__notes__ = [*notes(error), *lines]
+
+
+def notes(error: BaseException) -> list[str]:
+    """Lines that belong below the message."""
+    return list(getattr(error, "__notes__", []))
+
+
 def collapse(names: Iterable[str]) -> list[str]:
     """Fold the numbers of a list of names: `a.0.x`, `a.1.x` become `a.{0..1}.x`; order of first sight is kept."""
-    seen: dict[tuple[str, str], list[int]] = {}
+    seen: dict[tuple[str, str], list[str]] = {}
     for name in names:
         match = re.match(r"(.*?)(\d+)(.*)$", name)
         numbers = seen.setdefault((match[1], match[3]) if match else (name, ""), [])
         if match:
-            numbers.append(int(match[2]))
-    return [before + _span(sorted(set(numbers))) + after for (before, after), numbers in seen.items()]
+            numbers.append(match[2])
+    return [before + _span(sorted(set(numbers), key=int)) + after for (before, after), numbers in seen.items()]
 
 
-def _span(numbers: list[int]) -> str:
-    """Numbers for a reader: nothing, `3`, `{0..31}`, or up to six of them in braces."""
+def _span(numbers: list[str]) -> str:
+    """Numbers as they were written, for a reader: nothing, `3`, `{00..31}`, or up to six of them in braces."""
     if len(numbers) < 2:
-        return "".join(map(str, numbers))
-    if len(numbers) == numbers[-1] - numbers[0] + 1:
+        return "".join(numbers)
+    if len(numbers) == int(numbers[-1]) - int(numbers[0]) + 1:
         return f"{{{numbers[0]}..{numbers[-1]}}}"
-    return "{" + ",".join(map(str, numbers[:6])) + (",...}" if len(numbers) > 6 else "}")
+    return "{" + ",".join(numbers[:6]) + (",...}" if len(numbers) > 6 else "}")
 
 
 def some(names: Iterable[str], limit: int = 6) -> str:

@@ -162,7 +162,7 @@ def complete(namespace: Any, first: dict[str, Any], layer: dict[str, Any], loade
     position = "learned_absolute" if "position embeddings" in first else "rope"
     known |= {
         "kv_channels": d,
-        "ffn_hidden_size": layer[probe].shape[0],
+        "ffn_hidden_size": known.get("ffn_hidden_size") or layer[probe].shape[0],
         "group_query_attention": heads != 3 * a,
         "num_query_groups": max(1, (heads - a) // 2),
         "swiglu": swiglu,

@@ -65,7 +65,7 @@ def find(kind: str, name: str) -> Plugin:
         if entry.name == name:
             try:
                 return _validated(kind, name, entry.load(), f"entry point {entry.value}", False)
-            except ImportError as error:
+            except (ImportError, AttributeError) as error:
                 raise UsageError(f"{kind} {name} (entry point {entry.value}) cannot be imported: {error}.") from error
     tried = (f"{kind}_{name}", f"checkpoint_{kind}_{name}", name)
     for module_name in tried:
@@ -81,6 +81,8 @@ def find(kind: str, name: str) -> Plugin:
 
 def _import(kind: str, name: str) -> Any:
     """The module, or None when there is none of that name. A module that lacks a dependency is an error."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        return None
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -91,10 +93,9 @@ def _import(kind: str, name: str) -> Any:
             f"{kind} module {name} was found, but it needs {missing!r}, which is not installed. "
             f"Install {missing} or fix that import."
         ) from error
-    except (ImportError, SyntaxError) as error:
-        raise UsageError(f"{kind} module {name} was found, but importing it failed: {error}.") from error
-    except ValueError:  # a name such as `a..b`
-        return None
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{kind} module {name} was found, but importing it failed: {what}.") from error
 
 
 def _validated(kind: str, name: str, module: Any, origin: str, ours: bool) -> Plugin:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptconv import files
-from ckptconv.errors import TargetError, UsageError, some
+from ckptconv.errors import TargetError, UsageError, annotate, some
 
 PARTIAL = ".ckptconv-partial"
 _REPLACED = ".ckptconv-replaced"
@@ -38,6 +38,7 @@ class Staging:
         self._created = not self.target.exists()
         self._overwrite = overwrite
         self._published = False
+        self._begun = False
         self.finished: dict[str, Any] = {}
         self.digests: dict[str, Any] = {}
         self._fingerprint: Any = None
@@ -61,17 +62,17 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
-        if kind is None or self._published:
-            return
+        if kind is None or self._published or (self._resume and not self._begun):
+            return  # a refused --resume leaves what it would have continued
         # What was stopped from outside (a signal, a full disk) can be continued; what was wrong cannot.
         resumable = self.finished and not (hasattr(error, "exit_code") and not isinstance(error, TargetError))
         for path in self.partial.rglob("*") if self.partial.exists() else ():
             files.forget(str(path))
         if resumable and isinstance(error, Exception | KeyboardInterrupt | SystemExit):
-            error.add_note(
+            annotate(error, [
                 f"{len(self.finished)} finished files are kept in {self.partial}: run the same command with --resume "
                 "to continue, or delete that directory."
-            ) if hasattr(error, "add_note") else None
+            ])  # fmt: skip
             return
         self.discard()
 
@@ -103,6 +104,7 @@ class Staging:
                 f"{self.target}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free. "
                 "Free space there or choose another --save-dir; nothing was written."
             )
+        self._begun = True
         self._note()
 
     def _continue(self, planned: dict[str, int]) -> None:

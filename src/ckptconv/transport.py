@@ -108,6 +108,7 @@ class Sender:
         self._next: Expected | None = None
         self._cast: set[str] = set()
         self.finished = False
+        self.gave_up = False
 
     @property
     def shared_bytes(self) -> int:
@@ -131,7 +132,9 @@ class Sender:
 
     def _word(self, word: str) -> None:
         if word == "exit":
-            raise ProtocolError(f"loader {self._loader}: gave up (it sent 'exit'); see what it printed above.")
+            # Loaders in the wild say so and then raise what went wrong: that is the error to show.
+            self.finished = self.gave_up = True
+            return
         if word != "done":
             raise ProtocolError(f"loader {self._loader}: put the string {word!r}, expected 'done' or 'exit'.")
         if self._metadata is None or self._next is not None:
@@ -234,6 +237,13 @@ class Receiver:
         self._metadata: Metadata | None = None
         self._wanted: Iterator[Expected] = iter(())
         self.finished = False
+
+    def rest(self) -> None:
+        """After a saver of others has returned: only the last word may be left. Raises ProtocolError."""
+        if self._metadata is None:
+            raise ProtocolError("it returned before it had taken the metadata.")
+        if not self.finished and (item := self._checked()) is not None:
+            raise ProtocolError(f"it returned before it had taken {item[0].name!r}.")
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next item for a plugin of others: Namespace, dict of real tensors in private memory, or `done`."""

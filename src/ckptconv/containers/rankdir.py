@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptconv import dtypes
 from ckptconv.containers import torchzip
-from ckptconv.errors import SourceError, some
+from ckptconv.errors import SourceError, UsageError, some
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
@@ -47,6 +47,8 @@ def find_iteration(top: Path, wanted: str | None) -> tuple[Path, int]:
                 f"{top}: has neither mp_rank directories nor a readable {TRACKER}. Give --iteration, or the directory "
                 "that holds iter_*."
             ) from error
+    if wanted is not None and not re.fullmatch(r"\d+|release", wanted):
+        raise UsageError(f"--iteration {wanted}: expected a number or 'release'.")
     if not re.fullmatch(r"\d+|release", name):
         raise SourceError(f"{top / TRACKER}: says {name!r}, expected a number or 'release'.")
     iteration = 1 if name == "release" else int(name)

@@ -1,7 +1,8 @@
 """Qwen2 and Qwen2.5 dense: Llama's tensors with biases on q, k and v only.
 
-Source: transformers `models/qwen2`. Absent keys mean 32 key/value heads and no window (`use_sliding_window` False).
-With a window, the layers from `max_window_layers` on have it.
+Source: transformers `models/qwen2/configuration_qwen2.py`. Absent keys mean 32 key/value heads, no window
+(`use_sliding_window` False), a window of 4096 where it is used, from layer 28 on (`max_window_layers`); `layer_types`
+wins over all of them.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ from ckptconv.spec import ModelSpec
 
 
 def _window(config: Config, where: str) -> dict[str, Any]:
-    layers, first = config.get("num_hidden_layers"), config.get("max_window_layers", 28)
-    if not config.get("use_sliding_window") or not config.get("sliding_window") or first >= layers:
+    layers = config["num_hidden_layers"]
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    first = config.get("max_window_layers", 28)
+    kinds = config.get("layer_types")
+    if kinds is None and window:
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    if not window or not kinds or set(kinds) == {"full_attention"}:
         return {"sliding_window": None}
-    if first > 0:
+    if set(kinds) != {"sliding_attention"}:
         raise SourceError(
-            f"{where}: a sliding window from layer {first} of {layers} on: windows on some of the layers only are "
-            "not supported yet."
+            f"{where}: a sliding window on {kinds.count('sliding_attention')} of {layers} layers: windows on some of "
+            "the layers only are not supported yet."
         )
-    return {"sliding_window": config["sliding_window"]}
+    return {"sliding_window": window}
 
 
 def _window_config(spec: ModelSpec) -> Config:

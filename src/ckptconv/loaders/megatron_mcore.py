@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from ckptconv import companions, families, lazy, metadata
+from ckptconv import companions, families, lazy, metadata, numbers
 from ckptconv.containers import rankdir, torchzip
 from ckptconv.errors import CkptconvError, SourceError, near, some
 from ckptconv.formats import mcore, megatron_args
@@ -63,7 +63,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("loader megatron_mcore")
     group.add_argument("--iteration", metavar="N|release",
                        help="which checkpoint of the directory (default: what the tracker file says)")  # fmt: skip
-    group.add_argument("--true-vocab-size", type=int, metavar="N",
+    group.add_argument("--true-vocab-size", type=numbers.positive, metavar="N",
                        help="rows of the embedding that are tokens; the rest is padding and dropped")  # fmt: skip
     group.add_argument("--vocab-file", metavar="PATH", help="a JSON vocabulary: its length is the true vocabulary size")
 
@@ -243,10 +243,16 @@ class _Source:
                 ]  # fmt: skip
                 if trained:
                     log.warning("loader: %r of %r is not zero: the model has %s now", trained[0], message.name, name)
-                    self.spec = self.spec.replace(**{name: True})
+                    self.spec = self.spec.replace(**dict.fromkeys(self._together(name), True))
                     break
             else:
                 self.ignored[name] = "zeros that Megatron's all-or-none linear biases needed"
+
+    def _together(self, name: str) -> list[str]:
+        """The spec fields that the family's config.json says with the same key (attention_bias: qkv and dense)."""
+        fields = families.get(self.spec.family).fields if self.spec.family else ()
+        key = next((field.key for field in fields if field.spec == name), None)
+        return [field.spec for field in fields if key and field.key == key] or [name]
 
     # Names: every tensor is used or ignored by a rule
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from ckptconv import companions, dtypes, families, writing
+from ckptconv import companions, dtypes, families, numbers, writing
 from ckptconv.containers import safetensors
 from ckptconv.containers.plan import Slot
 from ckptconv.errors import TargetError, some
@@ -27,25 +27,16 @@ log = logging.getLogger("ckptconv.saver")
 #: The loader that reads what this writes (for --verify).
 LOADER = "hf"
 INDEX = "model.safetensors.index.json"
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-#: What an earlier output may have left that would be taken for part of this one.
-_STALE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-
-
-def size(text: str) -> int:
-    """Bytes of `5GB`, `500MB`, `2GiB` or a plain number, as huggingface_hub counts them."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", text.strip(), re.IGNORECASE)
-    unit = _UNITS.get((match[2] + ("B" if match[2] and match[2][-1] not in "bB" else "")).upper()) if match else None
-    if not match or unit is None or float(match[1]) * unit < 1:
-        raise ArgumentTypeError(f"{text!r} is not a size such as 5GB, 500MB or 2GiB")
-    return int(float(match[1]) * unit)
+#: What an earlier output may have left that would be taken for part of this one, or for what is in the directory.
+_STALE = re.compile(
+    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|latest_checkpointed_iteration\.txt"
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Flags of this saver."""
     group = parser.add_argument_group("saver hf")
-    group.add_argument("--max-shard-size", type=size, default=size("5GB"), metavar="SIZE",
+    group.add_argument("--max-shard-size", type=numbers.size, default=numbers.size("5GB"), metavar="SIZE",
                        help="largest weight file, such as 5GB or 500MB (default 5GB)")  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from ckptconv import companions, writing
+from ckptconv import companions, numbers, writing
 from ckptconv.containers import rankdir, torchzip
 from ckptconv.containers.inert import DTypeName
 from ckptconv.containers.plan import PlannedFile, Slot
@@ -32,13 +32,13 @@ ARGS_FILE = "megatron_args.txt"
 def add_arguments(parser: ArgumentParser) -> None:
     """Flags of this saver."""
     group = parser.add_argument_group("saver megatron_mcore")
-    group.add_argument("--target-tensor-parallel-size", "--target-tp", type=int, metavar="N",
+    group.add_argument("--target-tensor-parallel-size", "--target-tp", type=numbers.positive, metavar="N",
                        help="tensor parallel size (default: the source's, else 1)")  # fmt: skip
-    group.add_argument("--target-pipeline-parallel-size", "--target-pp", type=int, metavar="N",
+    group.add_argument("--target-pipeline-parallel-size", "--target-pp", type=numbers.positive, metavar="N",
                        help="pipeline parallel size (default: the source's, else 1)")  # fmt: skip
     group.add_argument("--saver-transformer-impl", choices=tuple(mcore.TABLES), default="transformer_engine",
                        help="whose tensor names to write (default transformer_engine)")  # fmt: skip
-    group.add_argument("--make-vocab-size-divisible-by", type=int, metavar="N",
+    group.add_argument("--make-vocab-size-divisible-by", type=numbers.positive, metavar="N",
                        help="pad the vocabulary to a multiple of N * tp (default: the source's, else 128)")  # fmt: skip
     group.add_argument("--pad-vocab", choices=writing.PADDINGS, default="zero",
                        help="padding rows: zeros, copies of the last row, or the mean row (default zero)")  # fmt: skip
