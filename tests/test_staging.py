@@ -12,7 +12,7 @@ import pytest
 from ckptconv.errors import SourceError, TargetError, UsageError
 from ckptconv.staging import PARTIAL, Staging
 
-MARK = {"source": "here", "tp": 1}
+MARK = {"source": "here", "source files": [["a", 1, 1]], "tp": 1}
 
 
 def staging(target: Path, *, overwrite: bool = False, resume: bool = False) -> Staging:
@@ -166,8 +166,8 @@ def test_nothing_finished_is_nothing_to_continue(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ({"source": "there", "tp": 1}, r"another source or other flags \(source differ"),
-        ({"source": "here", "tp": 2}, r"\(tp differ"),
+        ({**MARK, "source": "there"}, r"another source or other flags \(source differ"),
+        ({**MARK, "tp": 2}, r"\(tp differ"),
     ],
 )
 def test_another_run_is_not_continued(tmp_path: Path, mark: dict[str, Any], message: str) -> None:
@@ -238,7 +238,7 @@ def test_a_target_below_a_file(tmp_path: Path) -> None:
         begin(staging(tmp_path / "file" / "out"), MARK, {})
 
 
-def test_a_rename_that_fails_says_where_the_old_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rename_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "index").write_text("old")
     replace = os.replace
 
@@ -252,8 +252,7 @@ def test_a_rename_that_fails_says_where_the_old_files_are(tmp_path: Path, monkey
     fill(stage, "1.bin")
     stage.add("index", b"new")
     monkeypatch.setattr(os, "replace", fails)
-    message = r"cannot be completed: Input/output error\..*\.ckptconv-replaced"
-    with pytest.raises(TargetError, match=message), stage:
+    with pytest.raises(TargetError, match=r"cannot be completed: Input/output error\."), stage:
         stage.publish(["1.bin"], ["index"])
-    assert not (tmp_path / "index").exists()
-    assert "old" in tree(tmp_path).values()
+    assert (tmp_path / "index").read_text() == "old"
+    assert not (tmp_path / "1.bin").exists()

@@ -19,11 +19,13 @@ import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from typing import Any
 
 from ckptconv import errors, measure, plugins, transport
 from ckptconv.errors import CkptconvError, ProtocolError, UsageError
 from ckptconv.plugins import Plugin
+from ckptconv.staging import Stopped
 
 log = logging.getLogger("ckptconv")
 
@@ -46,6 +48,7 @@ class _Saver:
 
     def __init__(self, plugin: Plugin, args: Namespace) -> None:
         context = transport.context()
+        resource_tracker.ensure_running()  # before the first semaphore, which it would remove if we were killed
         self.queue = context.Queue(maxsize=max(1, args.max_queue_size))
         self.returned = context.Queue()
         self._pipe, child = context.Pipe(duplex=False)
@@ -97,15 +100,16 @@ class _Saver:
         """Raise Stopped when the saver is gone."""
         if self.ended.is_set():
             self._noticed.set()
-            raise transport.Stopped("the saver ended")
+            raise Stopped("the saver ended")
 
-    def stop(self) -> None:
-        """End the saver because the loader failed: ask, wait, then insist."""
+    def stop(self, wrong: bool) -> None:
+        """End the saver because the loader failed: ask, wait, then insist. `wrong`: there is nothing to continue."""
         self._noticed.set()
         self.queue.cancel_join_thread()
         self.returned.cancel_join_thread()
         if self._process.is_alive():
-            self._process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGUSR1 if wrong else signal.SIGTERM)
             if not self.ended.wait(GRACE):
                 self._process.kill()
                 self.ended.wait(GRACE)
@@ -138,7 +142,8 @@ def run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
                 raise process.failure
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         saver_failed = process.failure is not None
-        process.stop()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the user need not insist: this is the way out
+        process.stop(wrong=isinstance(error, CkptconvError))
         if saver_failed and process.failure:
             if process.trace:
                 log.debug("saver:\n%s", process.trace)
@@ -183,13 +188,17 @@ def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, par
     def terminated(number: int, frame: object) -> None:
         raise Terminated(number)
 
+    def refused(number: int, frame: object) -> None:
+        raise ProtocolError("the loader failed")
+
     signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGUSR1, refused)
     logging.basicConfig(level=args.log_level, format="%(message)s", stream=sys.stderr)
     memory = measure.Memory()
 
     def alive() -> None:
         if os.getppid() != parent:
-            raise transport.Stopped("the loader's process is gone")
+            raise Stopped("the loader's process is gone: it was killed, perhaps for lack of memory.")
 
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     receiver = None
@@ -199,6 +208,8 @@ def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, par
             gc.disable()  # nothing here makes reference cycles worth the search
         receiver = transport.Receiver(queue, returned, checking=args.checking, args=args, alive=alive)
         result = saver.run(receiver, args)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # it is done: only the report is left
         try:
             receiver.rest()
         except ProtocolError as error:
@@ -206,20 +217,30 @@ def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, par
         result = dict(result) if isinstance(result, dict) else {}
         pipe.send(("done", {**result, "peak_memory": memory.stop()}))
     except Terminated as error:
-        pipe.send(("note", errors.notes(error)))
+        _report(pipe, "note", errors.notes(error))
         _quit(queue, returned, 1)
     except CkptconvError as error:
         text = "\n".join([str(error), *errors.notes(error)])
-        pipe.send(("error", (error.exit_code, text, traceback.format_exc())))
+        if isinstance(error, Stopped) or not _report(pipe, "error", (error.exit_code, text, traceback.format_exc())):
+            print(f"ckptconv: error: {text}", file=sys.stderr)  # nobody else is left to say it
         _quit(queue, returned, error.exit_code)
     except SystemExit as error:
-        pipe.send(("error", (1, f"saver {name} called exit({error.code}); see what it printed above.", "")))
+        _report(pipe, "error", (1, f"saver {name} called exit({error.code}); see what it printed above.", ""))
         _quit(queue, returned, 1)
     except BaseException as error:
         # A bug, ours or a plugin's: it keeps its traceback.
         traceback.print_exc()
-        pipe.send(("error", (1, f"saver {name} failed with {type(error).__name__}: {error} (traceback above).", "")))
+        _report(pipe, "error", (1, f"saver {name} failed with {type(error).__name__}: {error} (traceback above).", ""))
         _quit(queue, returned, 1)
+
+
+def _report(pipe: Any, kind: str, value: Any) -> bool:
+    """Tell the parent; False when there is none."""
+    try:
+        pipe.send((kind, value))
+    except OSError:
+        return False
+    return True
 
 
 def _quit(queue: Any, returned: Any, code: int) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptconv import dtypes
 from ckptconv.checksum import Runs, crc32, whole
-from ckptconv.errors import TableError
+from ckptconv.errors import TableError, TargetError
 from ckptconv.files import close_written, write_exactly
 from ckptconv.lazy import LazyTensor, as_bytes, blocks, matrix
 
@@ -52,10 +52,13 @@ class Output:
         return sum(slot.nbytes for slot in self.plan.slots.values())
 
     def create(self) -> None:
-        """Make the file with its final size (sparse until written)."""
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        with open(self.path, "wb") as file:
-            file.truncate(self.plan.size)
+        """Make the file with its final size (sparse until written). Raises TargetError."""
+        try:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with open(self.path, "wb") as file:
+                file.truncate(self.plan.size)
+        except OSError as error:
+            raise TargetError(f"{self.path}: cannot be made ({self.plan.size} bytes): {error.strerror}.") from error
 
     def account(self, slot: str, runs: list[list[int]]) -> bool:
         """Note what was written; True when that completes the file."""

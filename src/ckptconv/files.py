@@ -7,6 +7,7 @@ where a mapping would end the process with SIGBUS.
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -14,8 +15,23 @@ from contextlib import contextmanager
 
 from ckptconv.errors import SourceError, TargetError
 
-#: Descriptors kept open at most, for reading and for writing. The usual soft limit is 1024, containers give 256.
-KEPT = 48
+#: The folder of a target in which an unfinished conversion is collected.
+PARTIAL = ".ckptconv-partial"
+
+
+def refuse_partial(directory: str | os.PathLike[str]) -> None:
+    """Raise SourceError when a source is what an interrupted conversion has left."""
+    if PARTIAL in os.path.abspath(directory).split(os.sep):
+        raise SourceError(f"{directory}: is part of an interrupted conversion. Complete it first with --resume.")
+
+
+def _kept() -> int:
+    """Descriptors kept open at most, for reading and for writing each: a share of what the process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(4, min(48, (soft - 32) // 3)) if soft > 0 else 48
+
+
+KEPT = _kept()
 
 
 class _Descriptors:

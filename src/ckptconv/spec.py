@@ -101,9 +101,9 @@ class ModelSpec:
                     f"{where}: unknown field {name!r}.{near(name, known)} Was it written by a newer ckptconv?"
                 )
         values = dict(data)
-        if values.get("rope") is not None:
-            values["rope"] = Rope(**values["rope"])
         try:
+            if values.get("rope") is not None:
+                values["rope"] = Rope(**values["rope"])
             return cls(**values)
         except TypeError as error:
             raise SourceError(f"{where}: {error}.") from error

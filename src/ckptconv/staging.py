@@ -2,31 +2,32 @@
 
 Everything is collected under `SAVE_DIR/.ckptconv-partial/` with the names it will have. `publish` flushes it and
 renames it into place: the weights first, then what makes a reader look for them (index, config, tracker). A journal
-in the same place lists finished files, so that `--resume` need not redo them.
+in the same place lists finished files, so that `--resume` need not redo them; a lock keeps other runs out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ckptconv import files
-from ckptconv.errors import TargetError, UsageError, annotate, some
+from ckptconv.errors import CkptconvError, TargetError, UsageError, annotate, some
+from ckptconv.files import PARTIAL
 
-PARTIAL = ".ckptconv-partial"
 _REPLACED = ".ckptconv-replaced"
-_JOURNAL = "journal.json"
+_JOURNAL, _LOCK = "journal.json", "lock"
 
 
-def leftovers(directory: Path) -> list[str]:
-    """What a target directory already holds, other than an interrupted run of ours."""
-    if not directory.is_dir():
-        return []
-    return sorted(entry.name for entry in directory.iterdir() if entry.name not in (PARTIAL, _REPLACED))
+class Stopped(CkptconvError):
+    """The other side is gone or was stopped; what is finished can be continued."""
 
 
 class Staging:
@@ -35,22 +36,25 @@ class Staging:
     def __init__(self, save_dir: str, *, overwrite: bool, resume: bool) -> None:
         self.target = Path(save_dir)
         self.partial = self.target / PARTIAL
-        self._created = not self.target.exists()
-        self._overwrite = overwrite
-        self._published = False
-        self._begun = False
-        self.finished: dict[str, Any] = {}
-        self.digests: dict[str, Any] = {}
+        self.finished: dict[str, int] = {}
+        self.digests: dict[str, dict[str, str]] = {}
         self._fingerprint: Any = None
-        if self.target.exists() and not self.target.is_dir():
-            raise UsageError(f"--save-dir {save_dir}: is a file, expected a directory to be made.")
-        there = leftovers(self.target)
-        if there and not overwrite:
+        self._lock: int | None = None
+        self._begun = self._published = False
+        try:
+            self._created = not os.path.lexists(self.target)
+            interrupted = self.partial.is_dir()
+            there = [] if self._created else sorted(set(os.listdir(self.target)) - {PARTIAL, _REPLACED})
+        except NotADirectoryError as error:
+            raise UsageError(f"--save-dir {save_dir}: is a file, expected a directory to be made.") from error
+        except OSError as error:
+            raise TargetError(f"--save-dir {save_dir}: cannot be used: {error.strerror}.") from error
+        # An interrupted run has passed this check before: what is there now is partly its own.
+        if there and not overwrite and not (resume and interrupted):
             raise UsageError(
                 f"--save-dir {save_dir}: exists and is not empty ({some(there, 4)}). "
                 "Give another directory, or --overwrite to replace what this conversion writes."
             )
-        interrupted = self.partial.exists()
         if interrupted and not (overwrite or resume):
             raise UsageError(
                 f"--save-dir {save_dir}: holds an interrupted conversion. Give --resume to continue it with the "
@@ -62,76 +66,107 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
-        if kind is None or self._published or (self._resume and not self._begun):
-            return  # a refused --resume leaves what it would have continued
-        # What was stopped from outside (a signal, a full disk) can be continued; what was wrong cannot.
-        resumable = self.finished and not (hasattr(error, "exit_code") and not isinstance(error, TargetError))
-        for path in self.partial.rglob("*") if self.partial.exists() else ():
-            files.forget(str(path))
-        if resumable and isinstance(error, Exception | KeyboardInterrupt | SystemExit):
-            annotate(error, [
-                f"{len(self.finished)} finished files are kept in {self.partial}: run the same command with --resume "
-                "to continue, or delete that directory."
-            ])  # fmt: skip
-            return
-        self.discard()
+        if error is not None and self._begun and not self._published:
+            # What was stopped from outside (a signal, a full disk) can be continued; what was wrong cannot.
+            wrong = isinstance(error, CkptconvError) and not isinstance(error, Stopped | TargetError)
+            if self.finished and not wrong:
+                annotate(error, [
+                    f"{len(self.finished)} finished files are kept in {self.partial}: run the same command with "
+                    "--resume to continue, or delete that directory."
+                ])  # fmt: skip
+            else:
+                self.discard()
+        self._release()
 
     def discard(self) -> None:
         """Remove everything this run has made."""
+        for path in self.finished:
+            files.forget(self.path(path))
         shutil.rmtree(self.partial, ignore_errors=True)
-        if self._created and self.target.is_dir() and not any(self.target.iterdir()):
-            self.target.rmdir()
+        with contextlib.suppress(OSError):
+            if self._created and not os.listdir(self.target):
+                self.target.rmdir()
 
-    def begin(self, fingerprint: Any, planned: dict[str, int]) -> None:
+    def begin(self, fingerprint: dict[str, Any], planned: dict[str, int]) -> None:
         """Prepare for `planned` files (relative name -> bytes). `fingerprint` says what makes two runs the same.
 
-        Raises UsageError when a run to resume was another one, TargetError when the disk is too small.
+        Raises UsageError when a run to resume was another one or still runs, TargetError when the disk is too small.
         """
         self._fingerprint = json.loads(json.dumps(fingerprint))
-        if self._resume:
-            self._continue(planned)
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            if self._resume:
+                self._continue(planned)
+            else:
+                self._clear()
+            self._begun = True
             free = shutil.disk_usage(self.partial).free
         except OSError as error:
             raise TargetError(f"{self.target}: cannot be made: {error.strerror}.") from error
         needed = sum(size for name, size in planned.items() if name not in self.finished)
         if needed > free:
-            self.discard()
             raise TargetError(
                 f"{self.target}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free. "
                 "Free space there or choose another --save-dir; nothing was written."
             )
-        self._begun = True
         self._note()
 
-    def _continue(self, planned: dict[str, int]) -> None:
+    def _hold(self) -> None:
+        """Keep other runs out of this target until this process ends. Raises UsageError when one is in it."""
+        self._lock = os.open(self.partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            journal = json.loads((self.partial / _JOURNAL).read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{self.partial}: has no readable journal, so it cannot be resumed. Give --overwrite to start again."
-            ) from error
-        if journal.get("fingerprint") != self._fingerprint:
-            old, new = journal.get("fingerprint") or {}, self._fingerprint
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{self.target}: another conversion is running in it. Wait for it, or stop it.") from error
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _clear(self) -> None:
+        for entry in self.partial.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def _continue(self, planned: dict[str, int]) -> None:
+        finished, digests, old = self._journal()
+        new = self._fingerprint
+        if old != new:
             changed = [key for key in new if old.get(key) != new[key]]
             raise UsageError(
                 f"{self.partial}: was begun with another source or other flags ({some(changed)} differ), so it "
                 "cannot be resumed. Run the same command, or give --overwrite to start again."
             )
-        for name, size in journal["finished"].items():
+        if not new.get("source files"):
+            raise UsageError(
+                f"{self.partial}: the loader does not say what it reads, so nobody can know that it is the same "
+                "source. Give --overwrite to start again."
+            )
+        for name, size in finished.items():
             path = self.partial / name
             if planned.get(name) == size and path.is_file() and path.stat().st_size == size:
                 self.finished[name] = size
-        self.digests = journal["digests"]
+        self.digests = digests
+
+    def _journal(self) -> tuple[dict[str, int], dict[str, dict[str, str]], dict[str, Any]]:
+        """(finished files, digests, fingerprint) of the run to continue. Raises UsageError."""
+        try:
+            journal = json.loads((self.partial / _JOURNAL).read_text())
+            finished = {str(name): int(size) for name, size in journal["finished"].items()}
+            digests = {str(m): {str(k): str(v) for k, v in keys.items()} for m, keys in journal["digests"].items()}
+            return finished, digests, dict(journal["fingerprint"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UsageError(
+                f"{self.partial}: has no readable journal, so it cannot be resumed. Give --overwrite to start again."
+            ) from error
 
     def path(self, name: str) -> str:
         """Where the file called `name` (relative to the target) is collected."""
         return str(self.partial / name)
 
-    def done(self, name: str, size: int, digests: dict[str, Any]) -> None:
+    def done(self, name: str, size: int, digests: dict[str, dict[str, str]]) -> None:
         """Note that a file is complete and flushed, and the digests known so far."""
         self.finished[name] = size
         self.digests = digests
@@ -151,28 +186,54 @@ class Staging:
         """Rename files and folders into place: `first` in any order, then `last` in order.
 
         `stale` are names of an earlier output that would be taken for part of this one; they and whatever is replaced
-        are set aside before the first rename and removed after the last one. Raises TargetError.
+        are set aside before the first rename and removed after the last one. Signals are ignored meanwhile; an error
+        undoes the renames. Raises TargetError.
         """
         aside = self.target / _REPLACED
-        replaced = [name for name in [*last[::-1], *first, *stale] if (self.target / name).exists()]
-        try:
-            for name in dict.fromkeys(replaced):
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(self.target / name, aside / name)
-            for name in [*first, *last]:
-                (self.target / name).parent.mkdir(parents=True, exist_ok=True)
-                _flush_directory((self.partial / name).parent)
-                os.replace(self.partial / name, self.target / name)
-                if name in last:
-                    _flush_directory(self.target)
-            self._published = True
+        moved: list[tuple[Path, Path]] = []
+
+        def move(source: Path, target: Path) -> None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+            moved.append((source, target))
+
+        with _uninterrupted():
+            try:
+                for name in dict.fromkeys([*last[::-1], *first, *stale]):
+                    if (self.target / name).exists() and (aside / name).exists():
+                        _remove(self.target / name)  # of a publication that was killed; the older one is aside
+                    elif (self.target / name).exists():
+                        move(self.target / name, aside / name)
+                for name in [*first, *last]:
+                    _flush_directory((self.partial / name).parent)
+                    move(self.partial / name, self.target / name)
+                    if name in last:
+                        _flush_directory(self.target)
+                self._published = True
+            except OSError as error:
+                for source, target in reversed(moved):
+                    os.replace(target, source)
+                raise TargetError(f"{self.target}: cannot be completed: {error.strerror}.") from error
             _flush_directory(self.target)
             shutil.rmtree(self.partial, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
-        except OSError as error:
-            raise TargetError(
-                f"{self.target}: cannot be completed: {error.strerror}. What was there before is in {aside}."
-            ) from error
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore what would end the process between two renames: by then it is quicker to finish."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers if main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _write(path: Path, data: bytes) -> None:

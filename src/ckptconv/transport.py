@@ -15,12 +15,13 @@ import logging
 import multiprocessing
 import os
 import queue as queues
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptconv import dtypes, families, lazy, metadata
-from ckptconv.errors import CkptconvError, ProtocolError
+from ckptconv.errors import ProtocolError
 from ckptconv.lazy import Cast, FileTensor, LazyTensor
 from ckptconv.messages import KEY_ALIASES, MESSAGE_ALIASES, Expected, canonical, check, expected
 from ckptconv.metadata import Metadata
@@ -30,10 +31,6 @@ log = logging.getLogger("ckptconv")
 #: Shared memory that may be in flight before a loader waits. One message may always be, whatever its size.
 MEMORY = 256 << 20
 _POLL = 0.2
-
-
-class Stopped(CkptconvError):
-    """The other side is gone or has failed; its own message says why."""
 
 
 @dataclass
@@ -342,6 +339,10 @@ class Message(dict[str, Any]):
 
 def context() -> Any:
     """Processes are spawned, never forked: a fork of a process with threads and torch in it can hang."""
+    # The tracker that outlives a killed run removes its semaphores; that it warns of them helps nobody.
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    if quiet not in sys.warnoptions:
+        sys.warnoptions.append(quiet)
     return multiprocessing.get_context("spawn")
 
 

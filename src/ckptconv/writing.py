@@ -100,7 +100,8 @@ def write(
             engine.submit(jobs, settle)
         engine.drain()
     total = sum(plan.size for plan in plans.values())
-    return Written(total, {m.name: digests[m.name] for m in expected(metadata.spec)})
+    ordered = {m.name: {key: digests[m.name][key] for key in m.shapes} for m in expected(metadata.spec)}
+    return Written(total, ordered)
 
 
 def _job(

@@ -12,6 +12,7 @@ from pathlib import Path
 from ckptconv.companions import read_json
 from ckptconv.containers import safetensors, torchzip
 from ckptconv.errors import SourceError, some
+from ckptconv.files import refuse_partial
 from ckptconv.lazy import LazyTensor
 
 SINGLE = "model.safetensors"
@@ -80,6 +81,7 @@ def _check_shard_count(found: list[Path]) -> None:
 def read(directory: str) -> tuple[dict[str, LazyTensor], list[Path]]:
     """(tensors by name, weight files). Raises SourceError: missing or damaged files, index and headers that disagree,
     a name in two shards."""
+    refuse_partial(directory)
     files = weight_files(directory)
     where: dict[str, Path] = {}
     tensors: dict[str, LazyTensor] = {}

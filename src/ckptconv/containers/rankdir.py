@@ -12,9 +12,11 @@ from typing import Any
 from ckptconv import dtypes
 from ckptconv.containers import torchzip
 from ckptconv.errors import SourceError, UsageError, some
+from ckptconv.files import refuse_partial
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
+_ITERATION = re.compile(r"[0-9]{1,18}|release")
 
 
 def directory_name(tp_rank: int, stage: int, pp: int) -> str:
@@ -35,22 +37,23 @@ def iteration_name(iteration: int | str) -> str:
 
 def find_iteration(top: Path, wanted: str | None) -> tuple[Path, int]:
     """(directory with the ranks, iteration). Raises SourceError."""
+    refuse_partial(top)
     if any(parse_name(entry.name) for entry in top.iterdir()):
         match = re.fullmatch(r"iter_(\d+)", top.name)
         return top, int(match[1]) if match else 1
     name = wanted
     if name is None:
         try:
-            name = (top / TRACKER).read_text().strip()
+            name = (top / TRACKER).read_text(errors="replace").strip()
         except OSError as error:
             raise SourceError(
                 f"{top}: has neither mp_rank directories nor a readable {TRACKER}. Give --iteration, or the directory "
                 "that holds iter_*."
             ) from error
-    if wanted is not None and not re.fullmatch(r"\d+|release", wanted):
+    if wanted is not None and not _ITERATION.fullmatch(wanted):
         raise UsageError(f"--iteration {wanted}: expected a number or 'release'.")
-    if not re.fullmatch(r"\d+|release", name):
-        raise SourceError(f"{top / TRACKER}: says {name!r}, expected a number or 'release'.")
+    if not _ITERATION.fullmatch(name):
+        raise SourceError(f"{top / TRACKER}: says {name[:40]!r}, expected a number or 'release'.")
     iteration = 1 if name == "release" else int(name)
     directory = top / iteration_name("release" if name == "release" else iteration)
     if not directory.is_dir():

@@ -20,11 +20,13 @@ def _window(config: Config, where: str) -> dict[str, Any]:
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     first = config.get("max_window_layers", 28)
     kinds = config.get("layer_types")
+    if not isinstance(layers, int) or not isinstance(first, int) or not isinstance(kinds, (list, type(None))):
+        raise SourceError(f"{where}: max_window_layers is {first!r}, layer_types {kinds!r}: expected a number, a list.")
     if kinds is None and window:
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    if not window or not kinds or set(kinds) == {"full_attention"}:
+    if not window or not kinds or all(kind == "full_attention" for kind in kinds):
         return {"sliding_window": None}
-    if set(kinds) != {"sliding_attention"}:
+    if any(kind != "sliding_attention" for kind in kinds):
         raise SourceError(
             f"{where}: a sliding window on {kinds.count('sliding_attention')} of {layers} layers: windows on some of "
             "the layers only are not supported yet."

@@ -84,8 +84,9 @@ class _Source:
                 f"{where}: model_type is {config.get('model_type')!r}, but --loader hf_{only} takes {only} only. "
                 f"Use --loader hf_{self.family.name}, or --loader hf for any family."
             )
-        if config.get("quantization_config"):
-            kind = config["quantization_config"].get("quant_method", "unknown")
+        quantised = config.get("quantization_config")
+        if quantised:
+            kind = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
             raise SourceError(
                 f"{where}: the weights are quantised ({kind}), which is not supported: converting them would not be "
                 "bit-exact. Use the unquantised checkpoint of this model."
@@ -132,6 +133,11 @@ class _Source:
     # Names: every tensor is used or ignored by a rule
 
     def _check_names(self) -> None:
+        if self.spec.num_layers > len(self._names):
+            raise SourceError(
+                f"{self._where}: says {self.spec.num_layers} layers, but the weight files hold {len(self._names)} "
+                "tensors in all. Is this config from the same checkpoint?"
+            )
         wanted: dict[str, Expected] = {}
         for message in expected(self.spec):
             for key in message.shapes:

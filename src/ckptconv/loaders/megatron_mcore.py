@@ -146,7 +146,12 @@ class _Source:
     def _read_provenance(self) -> dict[str, Any] | None:
         """What we noted when this iteration was written by us; None for a checkpoint of the trainer's."""
         path = self.directory / companions.PROVENANCE
-        return companions.read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        noted = companions.read_json(path)
+        if not isinstance(noted.get("spec"), dict):
+            raise SourceError(f"{path}: is not a provenance file of ckptconv. Remove it to go on without it.")
+        return noted
 
     def _find_companions(self) -> dict[str, str]:
         for folder in (self.directory / companions.FOLDER, self.top / companions.FOLDER,

@@ -53,7 +53,9 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
     with Staging(args.save_dir, overwrite=args.overwrite, resume=args.resume) as staging:
         metadata = queue.metadata()
         target = _Target(metadata, args)
-        mark = writing.fingerprint(metadata, saver="megatron_mcore", **target.flags, pad_vocab=args.pad_vocab)
+        mark = writing.fingerprint(
+            metadata, saver="megatron_mcore", **target.flags, pad_vocab=args.pad_vocab, tokenizer=target.tokenizer
+        )
         written = writing.write(
             queue, staging, target.plans, target.routes, target.fills, metadata, args, mark
         )
@@ -86,7 +88,7 @@ class _Target:
         self._divisor = args.make_vocab_size_divisible_by or metadata.make_vocab_size_divisible_by or 128
         self.padded = mcore.padded_vocab(self.spec.vocab_size, self._divisor, tp)
         self._impl = args.saver_transformer_impl
-        self._tokenizer = (
+        self.tokenizer = (
             args.tokenizer_type or metadata.tokenizer_type,
             args.tokenizer_model or _tokenizer_folder(metadata, args.save_dir),
         )
@@ -127,8 +129,8 @@ class _Target:
             **megatron_args.namespace(
                 self._metadata.spec, tp=self.layout.tp, pp=self.layout.pp, padded_vocab_size=self.padded,
                 make_vocab_size_divisible_by=self._divisor, transformer_impl=self._impl,
-                iteration=self._metadata.iteration, tokenizer_type=self._tokenizer[0],
-                tokenizer_model=self._tokenizer[1], params_dtype=DTypeName(self.spec.dtype),
+                iteration=self._metadata.iteration, tokenizer_type=self.tokenizer[0],
+                tokenizer_model=self.tokenizer[1], params_dtype=DTypeName(self.spec.dtype),
                 inexact=True,
             )
         )  # fmt: skip
@@ -176,7 +178,7 @@ class _Target:
         lines += [f"# Beyond these flags: {sentence}" for sentence in self.limits]
         lines += megatron_args.flags(
             self._metadata.spec, tp=self.layout.tp, pp=self.layout.pp, make_vocab_size_divisible_by=self._divisor,
-            transformer_impl=self._impl, tokenizer_type=self._tokenizer[0], tokenizer_model=self._tokenizer[1],
+            transformer_impl=self._impl, tokenizer_type=self.tokenizer[0], tokenizer_model=self.tokenizer[1],
             padded_vocab_size=self.padded, inexact=True,
         )  # fmt: skip
         return ("\n".join(lines) + "\n").encode()
