@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fixtures import build
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"

@@ -123,6 +123,11 @@ class _Saver:
 
 def run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
     """Convert. Raises CkptconvError (of either side) or KeyboardInterrupt; the saver is gone afterwards."""
+    with _interrupted_once():
+        return _run(loader, saver, args)
+
+
+def _run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
     started = time.monotonic()
     memory = measure.Memory()
     process = _Saver(saver, args)
@@ -131,18 +136,16 @@ def run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
         loader=loader.name, memory=args.memory, alive=process.alive, model_type=args.model_type,
     )  # fmt: skip
     try:
-        with _terminated_as_interrupt():
-            loader.run(sender, args)
-            if sender.gave_up:
-                raise ProtocolError(f"loader {loader.name}: gave up (it sent 'exit'); see what it printed above.")
-            if not sender.finished:
-                sender.put("done")
-            process.join()
-            if process.failure:
-                raise process.failure
+        loader.run(sender, args)
+        if sender.gave_up:
+            raise ProtocolError(f"loader {loader.name}: gave up (it sent 'exit'); see what it printed above.")
+        if not sender.finished:
+            sender.put("done")
+        process.join()
+        if process.failure:
+            raise process.failure
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         saver_failed = process.failure is not None
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the user need not insist: this is the way out
         process.stop(wrong=isinstance(error, CkptconvError))
         if saver_failed and process.failure:
             if process.trace:
@@ -158,20 +161,24 @@ def run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends us as Ctrl-C does: through the code that cleans up."""
+def _interrupted_once() -> Iterator[None]:
+    """SIGTERM ends us as Ctrl-C does: through the code that cleans up, which further signals do not disturb."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    came = []
 
     def handler(number: int, frame: object) -> None:
-        raise Terminated(number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        came.append(number)
+        raise Terminated(number) if number == signal.SIGTERM else KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handler)
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if main}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items() if not came else ():
+            signal.signal(number, old)
 
 
 class Terminated(KeyboardInterrupt):

@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import logits
 from safetensors.torch import load_file
+
+from fixtures import logits
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fixtures import FIXTURES, logits
 from mcore import EXTRA, Case, Outcome, model_settings, padded, run, transformer_settings
 
