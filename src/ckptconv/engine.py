@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ckptconv import dtypes
 from ckptconv.checksum import Runs, crc32, whole
 from ckptconv.errors import TableError, TargetError
-from ckptconv.files import close_written, write_exactly
+from ckptconv.files import close_written, start_flushing, write_exactly
 from ckptconv.lazy import LazyTensor, as_bytes, blocks, matrix
 
 if TYPE_CHECKING:
@@ -256,6 +256,8 @@ class Engine:
                 _write(t, row, block, crc, runs, buffers)
             self._on_bytes(sum(count * t.cols for t in targets) * dtypes.size_of(tensor.dtype))
         for output, slot, runs in written.values():
+            for start, end, _ in runs.runs:
+                start_flushing(output.path, output.plan.offsets[slot] + start, end - start)
             if output.account(slot, runs.runs):
                 with self._state:
                     self._left += 1

@@ -6,12 +6,12 @@ where a mapping would end the process with SIGBUS.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from ckptconv.errors import SourceError, TargetError
 
@@ -42,7 +42,7 @@ class _Descriptors:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, tuple[int, list[int]]] = OrderedDict()
 
-    @contextmanager
+    @contextlib.contextmanager
     def use(self, path: str) -> Iterator[int]:
         with self._lock:
             if path not in self._open:
@@ -117,6 +117,12 @@ def write_exactly(path: str, offset: int, data: memoryview | bytes) -> None:
             f"{path}: cannot be written: {error.strerror}. Free space on that disk or choose another --save-dir; "
             "nothing there has been made to look complete."
         ) from error
+
+
+def start_flushing(path: str, offset: int, count: int) -> None:
+    """Let the disk begin with what was just written, instead of when much of it has piled up. Best effort."""
+    with contextlib.suppress(OSError), _writing.use(path) as descriptor:
+        os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
 
 
 def close_written(path: str, durable: bool = True) -> None:

@@ -174,7 +174,8 @@ class Staging:
 
     def _note(self) -> None:
         text = json.dumps({"fingerprint": self._fingerprint, "finished": self.finished, "digests": self.digests})
-        _write(self.partial / _JOURNAL, text.encode())
+        # Not flushed: what it says of files is true, they are; and each flush would make the disk wait.
+        _write(self.partial / _JOURNAL, text.encode(), durable=False)
 
     def add(self, name: str, data: bytes) -> None:
         """A small file."""
@@ -236,14 +237,15 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, durable: bool = True) -> None:
     """Write a small file so that it is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise TargetError(f"{path}: cannot be written: {error.strerror}.") from error
