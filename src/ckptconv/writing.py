@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 import threading
 from argparse import Namespace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptconv import dtypes, lazy
 from ckptconv.engine import Engine, Job, Output, Target, default_threads
-from ckptconv.errors import ProtocolError
+from ckptconv.errors import ProtocolError, SourceError
 from ckptconv.lazy import Assembly, LazyTensor, Literal, Piece, Zeros
 from ckptconv.messages import Expected, expected
 from ckptconv.metadata import Metadata
@@ -99,9 +100,21 @@ def write(
 
             engine.submit(jobs, settle)
         engine.drain()
+    _check_unchanged(metadata)
     total = sum(plan.size for plan in plans.values())
     ordered = {m.name: {key: digests[m.name][key] for key in m.shapes} for m in expected(metadata.spec)}
     return Written(total, ordered)
+
+
+def _check_unchanged(metadata: Metadata) -> None:
+    """Raise SourceError when a source file is not the one it was at the start: its bytes may be mixed."""
+    for path, size, modified in metadata.origin.files:
+        try:
+            now = os.stat(path)
+        except OSError as error:
+            raise SourceError(f"{path}: went away while it was read: {error.strerror}.") from error
+        if (now.st_size, now.st_mtime_ns) != (size, modified):
+            raise SourceError(f"{path}: was changed while it was read. Convert again when nothing writes to it.")
 
 
 def _job(

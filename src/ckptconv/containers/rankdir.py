@@ -88,7 +88,9 @@ def rank_files(directory: Path) -> tuple[dict[tuple[int, int], Path], dict[str, 
     ranks = {(n[0], n[1] if len(n) > 1 else 0): path for n, path in numbers.items()}
     tp, pp = 1 + max(t for t, _ in ranks), 1 + max(p for _, p in ranks)
     stages = arguments.get("pipeline_model_parallel_size")
-    pp = max(pp, stages) if isinstance(stages, int) else pp
+    if isinstance(stages, int) and not pp <= stages <= 10**4:
+        raise SourceError(f"{first}: its args say {stages} pipeline stages, but there are directories of {pp}.")
+    pp = stages if isinstance(stages, int) else pp
     absent = [directory_name(t, p, pp) for p in range(pp) for t in range(tp) if (t, p) not in ranks]
     if absent:
         raise SourceError(f"{directory}: lacks {some(absent)} of {tp} x {pp} ranks. Copy the missing rank directories.")

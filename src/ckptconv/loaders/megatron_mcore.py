@@ -177,7 +177,13 @@ class _Source:
             )
         padded = embedding.shape[0] * len({t for t, _ in self._paths})
         values |= {"dtype": embedding.dtype, "vocab_size": self._vocabulary(args, padded), "family": ""}
-        spec = ModelSpec(**values)  # type: ignore[arg-type]
+        try:
+            spec = ModelSpec(**values)  # type: ignore[arg-type]
+        except SourceError as error:
+            raise SourceError(f"{where}: its args: {error}") from error
+        held = sum(len(self._tensors[0, stage]) for stage in range(1 + max(p for _, p in self._paths)))
+        if spec.num_layers > held:
+            raise SourceError(f"{where}: its args say {spec.num_layers} layers, but the stages hold {held} tensors.")
         return self._named(spec), padded
 
     def _vocabulary(self, args: Namespace, padded: int) -> int:
