@@ -509,3 +509,13 @@ def test_a_source_without_a_tokenizer(hf: Hf, tmp_path: Path) -> None:
     back = convert(there, tmp_path / "back", "hf")
     equal(weights_of(back), weights_of(hf("llama2")))
     assert config("llama2").items() <= read(back / "config.json").items()
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_transformers_computes_the_same_from_what_comes_back(
+    hf: Hf, direct: Direct, tmp_path: Path, name: str
+) -> None:
+    """The proof for the HF saver: its real consumer reads the directory and gives the very same logits."""
+    ids = torch.tensor([[1, 5, 9, 17, 33, 65, 2, 1, 7, 11, 13]])
+    back = convert(direct(name, 2, 2), tmp_path / "back", "hf")
+    assert torch.equal(logits(back, ids), logits(hf(name), ids))

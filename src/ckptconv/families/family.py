@@ -99,7 +99,8 @@ class Family:
     extra: Callable[[Config, str], dict[str, Any]] | None = None
     #: the inverse: adds config keys
     extra_config: Callable[[ModelSpec], Config] | None = None
-    #: how it was proven, for the README's table
+    #: which models it is and how it was proven: the README's table
+    models: str = ""
     verified: str = ""
 
     def spec(self, config: Config, where: str) -> ModelSpec:

@@ -19,5 +19,6 @@ MISTRAL = derive(
         Field("max_position_embeddings", "max_position_embeddings", 131072),
         Field("sliding_window", "sliding_window", 4096, lambda config: None),
     ),
-    verified="megatron-core logits at TP1, TP2, PP2, TP2 PP2; HF round trip",
+    models="Mistral, with its sliding window",
+    verified="logits of the real megatron-core as above; HF round trip bit for bit",
 )

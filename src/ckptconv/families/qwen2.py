@@ -55,5 +55,6 @@ QWEN2 = derive(
     ),
     extra=_window,
     extra_config=_window_config,
-    verified="megatron-core logits at TP1, TP2, PP2, TP2 PP2; golden files of Megatron-LM; HF round trip",
+    models="Qwen2 and Qwen2.5 dense, tied or not (no window on part of the layers)",
+    verified="logits of the real megatron-core as above; files written by Megatron-LM; HF round trip bit for bit",
 )
