@@ -53,7 +53,7 @@ def counting(shape: Shape, start: int = 0) -> torch.Tensor:
 def cut(kind: Cut, keys: list[torch.Tensor], tp: int) -> list[torch.Tensor]:
     """The part of every rank."""
     shapes = [tuple(key.shape) for key in keys]
-    whole = lazy.concat([held(key) for key in keys]) if len(keys) > 1 else held(keys[0])
+    whole = held(torch.cat(keys))
     above = np.cumsum([0, *(lazy.matrix(s)[0] for s in shapes)])
     parts = []
     for rank in range(tp):

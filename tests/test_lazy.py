@@ -123,7 +123,8 @@ def test_zeros_and_literal() -> None:
 @pytest.mark.parametrize("block", [1, 24, 1 << 20])
 def test_concat_and_narrow(stored: Stored, block: int) -> None:
     one, two = counting(2, 3), 100 + counting(3, 3)
-    both = lazy.concat([stored(one), stored(two)])
+    pieces = (Piece(0, 0, 2, 3, stored(one), 0, 0), Piece(2, 0, 3, 3, stored(two), 0, 0))
+    both = Assembly("float32", (5, 3), pieces)
     assert both.shape == (5, 3)
     assert torch.equal(lazy.to_torch(both, block), torch.cat([one, two]))
     assert torch.equal(lazy.to_torch(both.narrow_rows(1, 3), block), torch.cat([one, two])[1:4])
@@ -133,12 +134,6 @@ def test_narrow_rows_counts_indices_of_the_first_dimension(stored: Stored) -> No
     experts = counting(4, 2, 3)
     assert torch.equal(lazy.to_torch(stored(experts).narrow_rows(1, 2)), experts[1:3])
     assert torch.equal(lazy.to_torch(stored(counting(6)).narrow_rows(2, 3)), counting(6)[2:5])
-
-
-def test_reshaped(stored: Stored) -> None:
-    assert torch.equal(lazy.to_torch(lazy.reshaped(stored(counting(4, 3)), (2, 2, 3))), counting(2, 2, 3))
-    whole = lazy.concat([stored(counting(2, 3)), stored(counting(2, 3))])
-    assert lazy.to_torch(lazy.reshaped(whole, (2, 2, 3)))[1].tolist() == counting(2, 3).tolist()
 
 
 def test_an_assembly_puts_rectangles_where_they_belong(stored: Stored) -> None:

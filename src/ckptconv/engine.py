@@ -45,7 +45,8 @@ class Output:
     runs: dict[str, list[list[int]]] = field(default_factory=dict)  # slot -> written byte runs
     written: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
-    finished: bool = False
+    #: one writer at a time: the kernel lets no more into a file, and waiting there burns a core
+    writing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def data_bytes(self) -> int:
@@ -77,7 +78,6 @@ class Output:
             crcs[name] = crc
         self.plan.finish(lambda offset, data: write_exactly(self.path, offset, data), crcs)
         close_written(self.path)
-        self.finished = True
 
 
 @dataclass(frozen=True)
@@ -313,9 +313,10 @@ def _write(t: Target, row: int, block: Matrix, crc: int, runs: Runs, buffers: _B
     base, view = t.output.plan.offsets[t.slot], as_bytes(data)
     if t.cols == slot_cols:
         start = slot_row * slot_cols * width
-        write_exactly(t.output.path, base + start, view)
         if t.cols != cols:
             crc = crc32(view) if t.output.plan.needs_crc else 0
+        with t.output.writing:
+            write_exactly(t.output.path, base + start, view)
         runs.add(start, len(view), crc)
         return
     # Rows of the slot that come from several tensors: no format here has one, so it need not be fast.

@@ -210,24 +210,6 @@ class Assembly(LazyTensor):
                 p.part.read(view, p.part_row + top - p.row, p.part_col + left - p.col)
 
 
-def reshaped(tensor: LazyTensor, shape: Shape) -> LazyTensor:
-    """`tensor` under another shape with the same last dimension (or the same file bytes)."""
-    if isinstance(tensor, FileTensor):
-        return FileTensor(tensor.path, tensor.offset, tensor.dtype, shape)
-    rows, cols = matrix(shape)
-    return Assembly(tensor.dtype, shape, (Piece(0, 0, rows, cols, tensor, 0, 0),))
-
-
-def concat(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """Parts one below the other, along the first dimension."""
-    pieces, row = [], 0
-    for part in parts:
-        pieces.append(Piece(row, 0, part.rows, part.cols, part, 0, 0))
-        row += part.rows
-    shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
-    return Assembly(parts[0].dtype, shape, tuple(pieces))
-
-
 def blocks(tensor: LazyTensor, limit: int, breaks: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
     """(first row, rows) of consecutive blocks of at most `limit` bytes that end at every row of `breaks`."""
     per_row = max(1, tensor.cols * dtypes.size_of(tensor.dtype))

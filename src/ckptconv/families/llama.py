@@ -44,8 +44,8 @@ LLAMA = derive(
         Field("dense_bias", "attention_bias", False),
         Field("mlp_bias", "mlp_bias", False),
     ),
-    models="Llama 1, 2, 3, 3.1, 3.2, CodeLlama and clones of their config: `attention_bias`, `mlp_bias`, tied, free head "
-    "dim, MHA, GQA, MQA, linear and llama3 rope scaling",
+    models="Llama 1, 2, 3, 3.1, 3.2, CodeLlama and clones of their config: `attention_bias`, `mlp_bias`, tied, free "
+    "head dim, MHA, GQA, MQA, linear and llama3 rope scaling",
     verified="logits of the real megatron-core equal to transformers' at TP1, TP2, PP2, TP2 PP2; files written by "
     "Megatron-LM, tensor by tensor, both ways; HF round trip bit for bit",
 )

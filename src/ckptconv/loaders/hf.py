@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from ckptconv import companions, dtypes, families, lazy, metadata, ops
 from ckptconv.containers import hfdir
 from ckptconv.errors import SourceError, near, some
-from ckptconv.families.family import Family, Row
+from ckptconv.families.family import Row
 from ckptconv.lazy import Cast, LazyTensor
 from ckptconv.messages import Expected, expected
 from ckptconv.metadata import Metadata, Origin
@@ -229,9 +228,3 @@ class _Source:
             + (f" ({said} in config.json)" if said else "")
             + ". Is this config from the same checkpoint?"
         )
-
-
-def source(directory: str, family: str | None = None) -> tuple[ModelSpec, Family]:
-    """The model in a directory without its weights (for checks)."""
-    found = _Source(directory, family, False)
-    return replace(found.spec), found.family
