@@ -25,7 +25,7 @@ def main() -> None:
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     lines = [
         f"`python benchmarks/run.py --size {wanted.size} --runs {wanted.runs}` on {os.cpu_count()} cores, "
-        f"{gigabytes:.0f} GiB, {platform.system()} {platform.release()}:",
+        f"{gigabytes:.0f} GiB, {platform.system()}:",
         "",
         *speed.HEAD, *speed.measure(wanted.size, wanted.runs, wanted.directory),
         "",

@@ -16,6 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ckptconv import dtypes
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 BLOCK = 1 << 20
 #: Bytes a thread takes on before it looks for the next piece of work.
 UNIT = 32 << 20
+#: Written runs from this size on are handed to the disk at once; small ones are left for it to collect.
+FLUSHED = 4 << 20
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Output:
     #: one writer at a time: the kernel lets no more into a file, and waiting there burns a core
     writing: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
+    @cached_property
     def data_bytes(self) -> int:
         return sum(slot.nbytes for slot in self.plan.slots.values())
 
@@ -257,7 +260,8 @@ class Engine:
             self._on_bytes(sum(count * t.cols for t in targets) * dtypes.size_of(tensor.dtype))
         for output, slot, runs in written.values():
             for start, end, _ in runs.runs:
-                start_flushing(output.path, output.plan.offsets[slot] + start, end - start)
+                if end - start >= FLUSHED:
+                    start_flushing(output.path, output.plan.offsets[slot] + start, end - start)
             if output.account(slot, runs.runs):
                 with self._state:
                     self._left += 1

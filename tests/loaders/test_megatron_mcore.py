@@ -579,3 +579,18 @@ def test_a_namespace_of_the_old_days(made: Made, hf: Hf, tmp_path: Path) -> None
         edit(path, old)
     assert convert(source, tmp_path / "out") == 0
     same_weights(tmp_path / "out", hf("llama2"))
+
+
+@pytest.mark.parametrize(("flag", "folder", "number"), [("5", "iter_0000005", 5), ("release", "release", 0)])
+def test_the_iteration_to_write(hf: Hf, tmp_path: Path, flag: str, folder: str, number: int) -> None:
+    assert convert(hf("llama2"), tmp_path / "mcore", "--iteration", flag, saver="megatron_mcore") == 0
+    root = torch.load(tmp_path / "mcore" / folder / "mp_rank_00" / FILE, weights_only=False)
+    assert (root["iteration"], root["args"].iteration) == (number, number)
+    assert (tmp_path / "mcore" / TRACKER).read_text() == flag
+    assert convert(tmp_path / "mcore", tmp_path / "back") == 0
+    same_weights(tmp_path / "back", hf("llama2"))
+
+
+def test_there_is_no_iteration_0(hf: Hf, tmp_path: Path) -> None:
+    assert convert(hf("llama2"), tmp_path / "mcore", "--iteration", 0, saver="megatron_mcore") == 2
+    assert not (tmp_path / "mcore").exists()

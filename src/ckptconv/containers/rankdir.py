@@ -35,31 +35,36 @@ def iteration_name(iteration: int | str) -> str:
     return iteration if isinstance(iteration, str) else f"iter_{iteration:07d}"
 
 
-def find_iteration(top: Path, wanted: str | None) -> tuple[Path, int]:
+def iteration(text: str) -> int | str:
+    """The value of an --iteration flag: a number, or `release`. Raises UsageError."""
+    if not _ITERATION.fullmatch(text):
+        raise UsageError(f"--iteration {text}: expected a number or 'release'.")
+    return text if text == "release" else int(text)
+
+
+def find_iteration(top: Path, wanted: int | str | None) -> tuple[Path, int]:
     """(directory with the ranks, iteration). Raises SourceError."""
     refuse_partial(top)
     if any(parse_name(entry.name) for entry in top.iterdir()):
         match = re.fullmatch(r"iter_(\d+)", top.name)
         return top, int(match[1]) if match else 1
-    name = wanted
-    if name is None:
+    if wanted is None:
         try:
-            name = (top / TRACKER).read_text(errors="replace").strip()
+            said = (top / TRACKER).read_text(errors="replace").strip()
         except OSError as error:
             raise SourceError(
                 f"{top}: has neither mp_rank directories nor a readable {TRACKER}. Give --iteration, or the directory "
                 "that holds iter_*."
             ) from error
-    if wanted is not None and not _ITERATION.fullmatch(wanted):
-        raise UsageError(f"--iteration {wanted}: expected a number or 'release'.")
-    if not _ITERATION.fullmatch(name):
-        raise SourceError(f"{top / TRACKER}: says {name[:40]!r}, expected a number or 'release'.")
-    iteration = 1 if name == "release" else int(name)
-    directory = top / iteration_name("release" if name == "release" else iteration)
+        if not _ITERATION.fullmatch(said):
+            raise SourceError(f"{top / TRACKER}: says {said[:40]!r}, expected a number or 'release'.")
+        wanted = said
+    wanted = iteration(str(wanted))  # text, too, where another plugin has declared the same flag
+    directory = top / iteration_name(wanted)
     if not directory.is_dir():
         there = sorted(e.name for e in top.iterdir() if e.name.startswith("iter_") or e.name == "release")
         raise SourceError(f"{directory}: does not exist; there {'is' if there else 'are'} {some(there) or 'none'}.")
-    return directory, max(iteration, 1)
+    return directory, max(wanted, 1) if isinstance(wanted, int) else 1
 
 
 def rank_files(directory: Path) -> tuple[dict[tuple[int, int], Path], dict[str, Any]]:

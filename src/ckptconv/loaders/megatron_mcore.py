@@ -61,7 +61,7 @@ def recognises(load_dir: str) -> str | None:
 def add_arguments(parser: ArgumentParser) -> None:
     """Flags of this loader."""
     group = parser.add_argument_group("loader megatron_mcore")
-    group.add_argument("--iteration", metavar="N|release",
+    group.add_argument("--iteration", metavar="N|release", type=rankdir.iteration,
                        help="which checkpoint of the directory (default: what the tracker file says)")  # fmt: skip
     group.add_argument("--true-vocab-size", type=numbers.positive, metavar="N",
                        help="rows of the embedding that are tokens; the rest is padding and dropped")  # fmt: skip

@@ -11,7 +11,7 @@ from ckptconv import companions, numbers, writing
 from ckptconv.containers import rankdir, torchzip
 from ckptconv.containers.inert import DTypeName
 from ckptconv.containers.plan import PlannedFile, Slot
-from ckptconv.errors import TargetError
+from ckptconv.errors import TargetError, UsageError
 from ckptconv.formats import mcore, megatron_args
 from ckptconv.layout import Layout
 from ckptconv.lazy import LazyTensor, Zeros
@@ -42,6 +42,8 @@ def add_arguments(parser: ArgumentParser) -> None:
                        help="pad the vocabulary to a multiple of N * tp (default: the source's, else 128)")  # fmt: skip
     group.add_argument("--pad-vocab", choices=writing.PADDINGS, default="zero",
                        help="padding rows: zeros, copies of the last row, or the mean row (default zero)")  # fmt: skip
+    group.add_argument("--iteration", metavar="N|release", type=rankdir.iteration,
+                       help="which iteration to write, and to read (default: the source's, else 1)")  # fmt: skip
     group.add_argument("--allow-inexact", action="store_true",
                        help="write even if Megatron computes something else from it; what differs is said")  # fmt: skip
     group.add_argument("--tokenizer-type", metavar="NAME", help="written into the checkpoint's args")
@@ -69,7 +71,7 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
             staging.add(f"{companions.FOLDER}/{name}", Path(path).read_bytes())
         if metadata.origin.companions:
             small.append(companions.FOLDER)
-        staging.add(rankdir.TRACKER, str(metadata.iteration).encode())
+        staging.add(rankdir.TRACKER, str(target.iteration).encode())
         staging.publish([target.directory, *small], [rankdir.TRACKER])
     for sentence in target.limits:
         log.warning("saver: %s", sentence)
@@ -92,11 +94,15 @@ class _Target:
             args.tokenizer_type or metadata.tokenizer_type,
             args.tokenizer_model or _tokenizer_folder(metadata, args.save_dir),
         )
-        self.directory = rankdir.iteration_name(metadata.iteration)
+        self.iteration: int | str = metadata.iteration if args.iteration is None else args.iteration
+        if self.iteration == 0:
+            raise UsageError("--iteration 0: Megatron takes no iteration 0; give another number, or release.")
+        self._number = 0 if isinstance(self.iteration, str) else self.iteration  # as Megatron counts a release
+        self.directory = rankdir.iteration_name(self.iteration)
         self.limits = self._expressible(args.allow_inexact)
         self.flags = {
             "tp": tp, "pp": pp, "transformer_impl": self._impl, "padded_vocab_size": self.padded,
-            "make_vocab_size_divisible_by": self._divisor, "iteration": metadata.iteration,
+            "make_vocab_size_divisible_by": self._divisor, "iteration": self.iteration,
         }  # fmt: skip
         self._placements = list(placements(mcore.TABLES[self._impl], self.spec, self.layout, self.padded))
         self.plans = self._files()
@@ -129,7 +135,7 @@ class _Target:
             **megatron_args.namespace(
                 self._metadata.spec, tp=self.layout.tp, pp=self.layout.pp, padded_vocab_size=self.padded,
                 make_vocab_size_divisible_by=self._divisor, transformer_impl=self._impl,
-                iteration=self._metadata.iteration, tokenizer_type=self.tokenizer[0],
+                iteration=self._number, tokenizer_type=self.tokenizer[0],
                 tokenizer_model=self.tokenizer[1], params_dtype=DTypeName(self.spec.dtype),
                 inexact=True,
             )
@@ -144,7 +150,7 @@ class _Target:
             self._name(rank, stage): torchzip.plan({
                 "args": arguments,
                 "checkpoint_version": 3.0,
-                "iteration": self._metadata.iteration,
+                "iteration": self._number,
                 "model": slots[stage],
                 "num_floating_point_operations_so_far": 0,
             })
