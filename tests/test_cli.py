@@ -384,3 +384,13 @@ def test_auto_is_the_default_loader(hf: Hf, tmp_path: Path) -> None:
     assert run(hf("llama2"), tmp_path / "a", *MCORE) == 0
     assert run(tmp_path / "a", tmp_path / "b", "--saver", "hf", "--loader", "auto") == 0
     assert run(tmp_path / "b", tmp_path / "c", "--saver", "hf", "--loader", "megatron_mcore") == 3
+
+
+@pytest.mark.parametrize(("tp", "said"), [(1, False), (2, True)])
+def test_more_ranks_than_query_groups_is_a_limit_of_older_releases(
+    hf: Hf, tmp_path: Path, capfd: pytest.CaptureFixture[str], tp: int, said: bool
+) -> None:
+    assert run(hf("llama_mqa"), tmp_path / "out", *MCORE, "--target-tp", tp) == 0
+    sentence = "tp 2 is larger than the 1 query groups"
+    assert (sentence in capfd.readouterr().err) == said
+    assert (sentence in (tmp_path / "out" / "megatron_args.txt").read_text()) == said

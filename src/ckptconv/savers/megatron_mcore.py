@@ -116,7 +116,14 @@ class _Target:
                 f"megatron-core cannot express this model:\n{reasons}\n"
                 "Nothing was written. --allow-inexact writes the weights all the same."
             )
-        return [*refusals, *megatron_args.limits(self._metadata.spec)]
+        limits = [*refusals, *megatron_args.limits(self._metadata.spec)]
+        if self.layout.tp > self.spec.num_query_groups:
+            # transformer_config.py asserts num_query_groups % tp == 0 up to core_v0.15.0.
+            limits.append(
+                f"tp {self.layout.tp} is larger than the {self.spec.num_query_groups} query groups, which "
+                "megatron-core takes from 0.16 on: with an older one choose a tp that divides them."
+            )
+        return limits
 
     def _dtype(self, placement: Placement) -> str:
         kinds = {self._metadata.dtype(placement.message, key) for key in placement.keys}
