@@ -256,3 +256,15 @@ def test_a_rename_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.Monke
         stage.publish(["1.bin"], ["index"])
     assert (tmp_path / "index").read_text() == "old"
     assert not (tmp_path / "1.bin").exists()
+
+
+def test_a_file_system_without_locks_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(descriptor: int, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    with staging(tmp_path / "out") as stage:
+        stage.begin(MARK, {"1.bin": 3})
+        fill(stage, "1.bin")
+        stage.publish(["1.bin"], [])
+    assert tree(tmp_path / "out") == {"1.bin": "new"}

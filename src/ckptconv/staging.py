@@ -119,6 +119,8 @@ class Staging:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(f"{self.target}: another conversion is running in it. Wait for it, or stop it.") from error
+        except OSError:
+            pass  # a file system without locks (Lustre and NFS may be mounted so): nobody is kept out then
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -252,8 +254,10 @@ def _write(path: Path, data: bytes, durable: bool = True) -> None:
 
 
 def _flush_directory(path: Path) -> None:
+    """Make renames durable. Some network file systems cannot flush a directory; they keep their own order."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
