@@ -213,7 +213,7 @@ def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, par
         saver = plugins.find("saver", name)
         if saver.ours:
             gc.disable()  # nothing here makes reference cycles worth the search
-        receiver = transport.Receiver(queue, returned, checking=args.checking, args=args, alive=alive)
+        receiver = transport.Receiver(queue, returned, checking=args.checking, alive=alive)
         result = saver.run(receiver, args)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)  # it is done: only the report is left

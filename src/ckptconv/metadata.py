@@ -106,7 +106,7 @@ def read(namespace: Any) -> Metadata | None:
     return Metadata(**values)
 
 
-def for_plugin(namespace: Any, args: Any) -> Namespace:
+def for_plugin(namespace: Any) -> Namespace:
     """The first message as a saver of others reads it: a real torch.dtype and Megatron's args of the source."""
     fields = {key: value for key, value in vars(namespace).items() if key != OURS}
     metadata = read(namespace)

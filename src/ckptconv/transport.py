@@ -229,8 +229,8 @@ class Sender:
 class Receiver:
     """What a saver gets from. Ours iterate over `messages`; those of others call `get`."""
 
-    def __init__(self, queue: Any, returned: Any, *, checking: bool, args: Any, alive: Callable[[], None]) -> None:
-        self._queue, self._returned, self._checking, self._args, self._alive = queue, returned, checking, args, alive
+    def __init__(self, queue: Any, returned: Any, *, checking: bool, alive: Callable[[], None]) -> None:
+        self._queue, self._returned, self._checking, self._alive = queue, returned, checking, alive
         self._metadata: Metadata | None = None
         self._wanted: Iterator[Expected] = iter(())
         self.finished = False
@@ -248,7 +248,7 @@ class Receiver:
             return "done"
         if self._metadata is None:
             namespace = self._open()
-            return metadata.for_plugin(namespace, self._args)
+            return metadata.for_plugin(namespace)
         item = self._checked()
         if item is None:
             return "done"
