@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ckptconv import companions, dtypes, families, lazy, metadata, ops
+from ckptconv import companions, dtypes, families, lazy, ops, stream
 from ckptconv.containers import hfdir
 from ckptconv.errors import SourceError, near, some
 from ckptconv.families.family import Row
@@ -59,11 +59,7 @@ def pinned(family: str) -> Any:
 
 
 def _load(queue: Any, args: Namespace, only: str | None) -> None:
-    source = _Source(args.load_dir, only, bool(getattr(args, "dtype_name", None)))
-    queue.put(metadata.build(source.metadata()))
-    for message in expected(source.spec):
-        queue.put({"name": message.name, **source.tensors(message)})
-    queue.put("done")
+    stream.send(queue, _Source(args.load_dir, only, bool(getattr(args, "dtype_name", None))))
 
 
 class _Source:
@@ -177,17 +173,10 @@ class _Source:
 
     def metadata(self) -> Metadata:
         """The first message."""
-        kinds: dict[str, dict[str, str]] = {}
-        for message in expected(self.spec):
-            for key, tensor in self.tensors(message).items():
-                if tensor.dtype != self.spec.dtype:
-                    kinds.setdefault(message.name, {})[key] = tensor.dtype
-        read = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.files]
         tokenizer = self._companions.get("tokenizer.model")
         return Metadata(
             spec=self.spec,
-            origin=Origin("hf", self.directory, read, self._companions, self._notes()),
-            dtypes=kinds,
+            origin=Origin("hf", self.directory, stream.stamps(self.files), self._companions, self._notes()),
             tokenizer_type="HuggingFaceTokenizer",
             tokenizer_model=str(Path(tokenizer).parent) if tokenizer else None,
         )

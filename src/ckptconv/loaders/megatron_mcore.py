@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from ckptconv import companions, families, lazy, metadata, numbers
+from ckptconv import companions, families, lazy, numbers, stream
 from ckptconv.containers import rankdir, torchzip
 from ckptconv.errors import CkptconvError, SourceError, near, some
 from ckptconv.formats import mcore, megatron_args
@@ -70,11 +70,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def load_checkpoint(queue: Any, args: Namespace) -> None:
     """Send the model in args.load_dir. Raises SourceError."""
-    source = _Source(args)
-    queue.put(metadata.build(source.metadata()))
-    for message in expected(source.spec):
-        queue.put({"name": message.name, **source.tensors(message)})
-    queue.put("done")
+    stream.send(queue, _Source(args))
 
 
 class _Source:
@@ -329,24 +325,18 @@ class _Source:
 
     def metadata(self) -> Metadata:
         """The first message."""
-        kinds: dict[str, dict[str, str]] = {}
-        for message in expected(self.spec):
-            for key, tensor in self.tensors(message).items():
-                if tensor.dtype != self.spec.dtype:
-                    kinds.setdefault(message.name, {})[key] = tensor.dtype
         divisor = self._arguments.get("make_vocab_size_divisible_by")
-        files = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in self._paths.values()]
-        text = {name: self._arguments.get(name) for name in ("tokenizer_type", "tokenizer_model")}
+        kind, model = (self._arguments.get(name) for name in ("tokenizer_type", "tokenizer_model"))
         return Metadata(
             spec=self.spec,
-            origin=Origin("megatron_mcore", str(self.directory), files, self._companions,
+            origin=Origin("megatron_mcore", str(self.directory), stream.stamps(self._paths.values()), self._companions,
                           [f"ignored {name}: {reason}" for name, reason in sorted(self.ignored.items())]),
-            dtypes=kinds,
             iteration=self.iteration,
             tp=self.layout.tp,
             pp=self.layout.pp,
             make_vocab_size_divisible_by=divisor if isinstance(divisor, int) else None,
-            **{name: value if isinstance(value, str) else None for name, value in text.items()},
+            tokenizer_type=kind if isinstance(kind, str) else None,
+            tokenizer_model=model if isinstance(model, str) else None,
         )  # fmt: skip
 
     def tensors(self, message: Expected) -> dict[str, LazyTensor]:
