@@ -1,4 +1,4 @@
-"""Source checkpoints for the benchmarks: Llama-shaped, random bytes (or holes), written straight to safetensors."""
+"""Source checkpoints for the benchmarks: Llama or DeepSeek, random bytes (or holes), straight to safetensors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import os
 from pathlib import Path
 
+from ckptconv import families
 from ckptconv.containers import safetensors
 from ckptconv.containers.plan import Slot
-from ckptconv.families.llama import LLAMA
 from ckptconv.messages import expected
-from ckptconv.spec import ModelSpec, Rope
+from ckptconv.spec import MLA, ModelSpec, MoE, Rope
 
 #: name -> (hidden, ffn, heads, groups, layers, vocabulary); bf16 sizes in the names.
 SIZES = {
@@ -22,9 +22,26 @@ SIZES = {
 }
 BLOCK = 64 << 20
 
+#: DeepSeek-V3 with its MTP layer: 1.37 TB in bf16.
+DEEPSEEK_V3 = ModelSpec(
+    family="deepseek_v3", num_layers=61, hidden_size=7168, ffn_hidden_size=18432, num_attention_heads=128,
+    num_query_groups=128, kv_channels=128, vocab_size=129280, max_position_embeddings=163840, seq_length=163840,
+    dtype="bfloat16", norm_epsilon=1e-6, mtp_layers=1, mla=MLA(1536, 512, 128, 64, 128),
+    moe=MoE(
+        num_experts=256, topk=8, ffn_hidden_size=2048, layers=(0,) * 3 + (1,) * 58, score="sigmoid", scaling_factor=2.5,
+        score_bias=True, num_groups=8, topk_groups=4, group_score="top2", router_fp32=True, shared_ffn_hidden_size=2048,
+    ),
+    rope=Rope(10000.0, "yarn", {
+        "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }, interleaved=True),
+)  # fmt: skip
+
 
 def spec(name: str) -> ModelSpec:
     """The model called `name`."""
+    if name == "DeepSeek-V3":
+        return DEEPSEEK_V3
     h, f, a, g, layers, v = SIZES[name]
     return ModelSpec(
         family="llama", num_layers=layers, hidden_size=h, ffn_hidden_size=f, num_attention_heads=a, num_query_groups=g,
@@ -37,14 +54,17 @@ def write(model: ModelSpec, directory: Path, shard: int = 5 * 10**9, sparse: boo
     """Write an HF directory; returns bytes. `sparse` leaves the tensors as holes of a file with real headers."""
     directory.mkdir(parents=True, exist_ok=True)
     groups: list[list[Slot]] = [[]]
+    family, filled = families.get(model.family), 0
     for message in expected(model):
-        for key, shape in message.shapes.items():
-            row = LLAMA.row(message.template, key)
-            for name, part in zip(row.names, row.op.part_shapes(shape, model), strict=True):
-                slot = Slot(name.format(i=message.layer), model.dtype, part)
-                if sum(s.nbytes for s in groups[-1]) + slot.nbytes > shard and groups[-1]:
+        for row in family.rows_of(message, model):
+            shapes = row.op.part_shapes(row.shapes(message), model)
+            for name, part in zip(row.stored(message.layer, model), shapes, strict=True):
+                slot = Slot(name, model.dtype, row.view.shape(part))
+                if filled + slot.nbytes > shard and groups[-1]:
                     groups.append([])
+                    filled = 0
                 groups[-1].append(slot)
+                filled += slot.nbytes
     weight_map, total = {}, 0
     noise = os.urandom(BLOCK)
     for number, slots in enumerate(groups):
@@ -59,13 +79,13 @@ def write(model: ModelSpec, directory: Path, shard: int = 5 * 10**9, sparse: boo
         weight_map |= {slot.name: file for slot in slots}
         total += plan.size
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (directory / "config.json").write_text(json.dumps(LLAMA.config(model), indent=2))
+    (directory / "config.json").write_text(json.dumps(family.config(model), indent=2))
     return total
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("size", choices=SIZES)
+    arguments.add_argument("size", choices=[*SIZES, "DeepSeek-V3"])
     arguments.add_argument("directory", type=Path)
     arguments.add_argument("--sparse", action="store_true")
     given = arguments.parse_args()

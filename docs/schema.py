@@ -15,9 +15,10 @@ TOP = Path(__file__).parent.parent
 
 def messages() -> str:
     """The message schema as a Markdown table."""
-    lines = ["| message | key | shape | meaning |", "| --- | --- | --- | --- |"]
+    lines = ["| message | key | shape | | meaning |", "| --- | --- | --- | --- | --- |"]
     for message, key in schema():
-        lines.append(f"| `{message}` | `{key.name}` | [{', '.join(key.shape)}] | {key.meaning} |")
+        mark = "+" if key.extension else ""
+        lines.append(f"| `{message}` | `{key.name}` | [{', '.join(key.shape)}] | {mark} | {key.meaning} |")
     return "\n".join(lines)
 
 

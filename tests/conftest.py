@@ -33,9 +33,9 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`cli(*arguments)`: run `python -m ckptconv` of this checkout; the result is not checked."""
-    path = os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "ckptconv", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
 

@@ -13,10 +13,11 @@ Shape legend: h hidden, f ffn, a query heads, g kv heads, d head dim, v vocabula
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,19 @@ FIXTURES: dict[str, dict[str, Any]] = {
     "qwen2_tied": QWEN2 | {"tie_word_embeddings": True},
 }
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+#: model_type -> names and shapes on disk, for models that `shapes` below does not know. Modules fixtures_*.py add
+#: theirs: each has FIXTURES, ARCHITECTURES and SHAPES of its own, with the same meaning.
+SHAPES: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, Shape]]]] = {}
+#: model_type -> what norm weights lie around, where that is not 1; modules may have their own, too.
+CENTRES: dict[str, float] = {}
+#: End of a name -> the tensor it repeats (layers of multi-token prediction have copies of both).
+COPIES = {".embed_tokens.weight": "model.embed_tokens.weight", ".shared_head.head.weight": "lm_head.weight"}
+for _name in sorted(path.stem for path in Path(__file__).parent.glob("fixtures_*.py")):
+    _module = importlib.import_module(_name)
+    FIXTURES |= _module.FIXTURES
+    ARCHITECTURES |= _module.ARCHITECTURES
+    SHAPES |= _module.SHAPES
+    CENTRES |= getattr(_module, "CENTRES", {})
 
 
 def config(name: str, dtype: str = "float32", **overrides: Any) -> dict[str, Any]:
@@ -122,6 +136,9 @@ def config(name: str, dtype: str = "float32", **overrides: Any) -> dict[str, Any
 
 def shapes(c: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
     """Name and shape of every tensor on disk. A tied model has no `lm_head.weight` there."""
+    if c["model_type"] in SHAPES:
+        yield from SHAPES[c["model_type"]](c)
+        return
     h, f, v, a = c["hidden_size"], c["intermediate_size"], c["vocab_size"], c["num_attention_heads"]
     g, d = c.get("num_key_value_heads") or a, c.get("head_dim") or h // a
     qkv_bias = c["model_type"] == "qwen2" or bool(c.get("attention_bias"))
@@ -160,11 +177,16 @@ def tensors(name: str, c: dict[str, Any]) -> dict[str, torch.Tensor]:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name} {key}".encode())))
         if len(shape) == 2:
             value = noise / shape[1] ** 0.5
-        elif key.endswith("norm.weight"):
-            value = 1 + 0.2 * noise
+        elif key.endswith(".weight"):  # of a norm
+            value = CENTRES.get(c["model_type"], 1.0) + 0.2 * noise
         else:
             value = 0.2 * noise
-        out[key] = value.to(getattr(torch, c["torch_dtype"]))
+        # The correction of expert scores is in fp32 whatever the model is in.
+        out[key] = value.to(torch.float32 if key.endswith("correction_bias") else getattr(torch, c["torch_dtype"]))
+    for key in out:
+        repeated = next((name for ending, name in COPIES.items() if key.endswith(ending) and key != name), None)
+        if repeated in out:
+            out[key] = out[repeated].clone()
     return out
 
 
@@ -306,20 +328,50 @@ def _fast(model: bytes, byte_fallback: bool) -> str:
     return fast.to_str(pretty=True)
 
 
-def logits(directory: str | Path, ids: torch.Tensor) -> torch.Tensor:
-    """What transformers computes for a directory in fp32: [b, s] token ids -> [b, s, v].
+def load(directory: str | Path) -> Any:
+    """transformers' model of a directory, in fp32, of the class in config.json.
 
     Raises AssertionError if a tensor is missing, left over or of another shape: transformers would only warn.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    c = json.loads((Path(directory) / "config.json").read_text())
+    kind: Any = getattr(transformers, c["architectures"][0])
+    # Kimi-K2 is a DeepSeek-V3 under another name, which transformers does not know.
+    known = kind.config_class.model_type
+    own = {} if c["model_type"] != "kimi_k2" else {"config": kind.config_class.from_dict(c | {"model_type": known})}
+    loaded: Any = kind.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **own
     )
     model, report = loaded
     problems = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
+    # transformers leaves multi-token prediction out, but says so for the sizes of the released models only.
+    further = tuple(
+        f"model.layers.{model.config.num_hidden_layers + n}."
+        for n in range(getattr(model.config, "num_nextn_predict_layers", None) or 0)
+    )
+    left = [key for key in problems.pop("unexpected_keys", []) if not key.startswith(further or ("\0",))]
+    problems |= {"unexpected_keys": left} if left else {}
     assert not problems, f"{directory}: {problems}"
+    for parameter in model.parameters():  # mapped from a file, where alignment decides how products are summed
+        parameter.data = parameter.data.clone()
+    return model.eval()
+
+
+def logits(directory: str | Path, ids: torch.Tensor) -> torch.Tensor:
+    """What transformers computes for a directory in fp32: [b, s] token ids -> [b, s, v].
+
+    The class is that in config.json; a decoder behind an encoder is given the tokens backwards, and what a model
+    without a head computes is its hidden state. Raises AssertionError as `load` does.
+    """
+    import torch
+
+    model = load(directory)
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {})}
+    model.config.use_cache = False
     with torch.no_grad():
-        out: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+        found = model(**inputs)
+    names = ("logits", "prediction_logits", "last_hidden_state")
+    out: torch.Tensor = next(found[name] for name in names if name in found)
     return out

@@ -343,15 +343,16 @@ def test_exit_codes_of_the_process(hf: Hf, cli: Cli, tmp_path: Path, monkeypatch
     shutil.copytree(hf("llama2"), broken)
     (broken / "model.safetensors").unlink()
     (tmp_path / "loader_wrong.py").write_text(PROTOCOL)
-    (tmp_path / "yarn").mkdir()
-    shutil.copy(hf("llama2") / "model.safetensors", tmp_path / "yarn")
-    yarn = config("llama2") | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
-    (tmp_path / "yarn" / "config.json").write_text(json.dumps(yarn))
+    (tmp_path / "longrope").mkdir()
+    shutil.copy(hf("llama2") / "model.safetensors", tmp_path / "longrope")
+    factors = {"long_factor": [1.0] * 6, "short_factor": [1.0] * 6}
+    longrope = config("llama2") | {"rope_scaling": {"rope_type": "longrope", "factor": 4.0, **factors}}
+    (tmp_path / "longrope" / "config.json").write_text(json.dumps(longrope))
     cases = {
         2: (hf("llama2"), "--saver", "nothing"),
         3: (broken, *MCORE),
         6: (hf("llama2"), *MCORE, "--target-pp", "3"),
-        7: (tmp_path / "yarn", *MCORE),
+        7: (tmp_path / "longrope", *MCORE),
     }
     for code, (source, *flags) in cases.items():
         done = cli("--load-dir", source, "--save-dir", tmp_path / "out", *flags)

@@ -36,7 +36,7 @@ def test_flags_that_are_named_exist(page: str) -> None:
     text = re.sub(r"<!--.*?-->", "", (TOP / page).read_text())
     others = ("pip install", "checkpoint-args", "benchmarks/")
     text = "\n".join(line for line in text.splitlines() if not any(other in line for other in others))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", text)) - {"--finetune", "--load_dir"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", text)) - {"--finetune", "--load_dir", "--spec"}
     assert named <= known_flags()
 
 

@@ -11,7 +11,7 @@ from ckptconv.errors import LayoutError
 from ckptconv.formats import mcore
 from ckptconv.layout import Layout
 from ckptconv.sharding import placements
-from ckptconv.spec import ModelSpec
+from ckptconv.spec import ModelSpec, MoE
 from fixtures import config
 
 L, A, M = "decoder.layers.{}.", "decoder.layers.{}.self_attention.", "decoder.layers.{}.mlp."
@@ -34,7 +34,7 @@ def spec_of(name: str, **overrides: Any) -> ModelSpec:
 def stages(spec: ModelSpec, tp: int, pp: int, table: str = "local") -> list[dict[str, tuple[int, ...]]]:
     """Name -> shape on one rank, for every stage."""
     found: list[dict[str, tuple[int, ...]]] = [{} for _ in range(pp)]
-    for placement in placements(mcore.TABLES[table], spec, Layout(spec.num_layers, tp, pp), 256):
+    for placement in placements(mcore.table(table), spec, Layout(spec.num_layers, tp, pp), 256):
         assert placement.name not in found[placement.stage]
         found[placement.stage][placement.name] = placement.part_shape
     return found
@@ -57,7 +57,40 @@ def test_layers_over_stages(layers: int, pp: int, expected: list[tuple[int, int]
 
 
 def test_ranks_stage_by_stage() -> None:
-    assert list(Layout(4, 2, 2).ranks()) == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    """(tp rank, stage, ep rank)."""
+    assert list(Layout(4, 2, 2).ranks()) == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
+    assert list(Layout(4, 2, 1, 2, 4).ranks()) == [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]
+    assert len(set(Layout(4, 3, 2, 5, 10).ranks())) == 3 * 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("experts", "ep", "expected"),
+    [
+        (4, 1, [(0, 0), (0, 1), (0, 2), (0, 3)]),
+        (4, 2, [(0, 0), (0, 1), (1, 0), (1, 1)]),
+        (3, 3, [(0, 0), (1, 0), (2, 0)]),
+        (6, 2, [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]),
+    ],
+)
+def test_experts_over_ranks(experts: int, ep: int, expected: list[tuple[int, int]]) -> None:
+    """Contiguous runs, as megatron-core's local_expert_indices."""
+    layout = Layout(4, ep=ep, num_experts=experts)
+    assert [layout.expert_of(expert) for expert in range(experts)] == expected
+
+
+@pytest.mark.parametrize(
+    ("ep", "experts", "message"),
+    [
+        (3, 4, "ep 3 does not divide 4 experts"),
+        (8, 4, "ep 8 does not divide 4 experts"),
+        (2, 0, "ep 2: this model has no experts"),
+        (0, 4, "ep is 0"),
+    ],
+)
+def test_impossible_expert_parallel_sizes_are_refused(ep: int, experts: int, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        Layout(4, ep=ep, num_experts=experts)
+    Layout(4, ep=1, num_experts=experts)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +146,72 @@ def test_biases_and_their_cuts() -> None:
     }
 
 
+#: e 4 experts of m 24 behind one dense layer; 2 expert ranks with 2 tensor ranks: each has 2 experts, halved.
+EXPERTS = MoE(4, 2, 24, (0, 1, 1, 1))
+E = M + "experts."
+ROUTED = {M + "router.weight": (4, 48)}
+
+
+@pytest.mark.parametrize(
+    ("grouped", "names"),
+    [
+        (False, {E + "local_experts.{e}.linear_fc1.weight": (24, 48),
+                 E + "local_experts.{e}.linear_fc2.weight": (48, 12)}),
+        (True, {E + "linear_fc1.weight{e}": (24, 48), E + "linear_fc2.weight{e}": (48, 12)}),
+    ],
+)  # fmt: skip
+def test_names_and_shapes_of_experts(grouped: bool, names: dict[str, tuple[int, ...]]) -> None:
+    """Experts are numbered within their rank; [W_t; V_t] of one expert are 2 * 24 / 2 rows."""
+    spec = spec_of("llama2").replace(moe=EXPERTS)
+    table = mcore.table("local", grouped)
+    found = list(placements(table, spec, Layout(4, 2, 2, 2, 4), 256))
+    for ep_rank in range(2):
+        own = [p for p in found if p.stage == 1 and ep_rank in p.ep_ranks]
+        there = {p.name: p.part_shape for p in own if "layers.0.mlp" in p.name}
+        experts = {n.replace("{e}", str(e)): shape for n, shape in names.items() for e in range(2)}
+        assert there == {n.replace("{}", "0"): shape for n, shape in (ROUTED | experts).items()}
+        dense = {p.name for p in found if p.stage == 0 and "layers.0.mlp" in p.name}
+        assert dense == {"decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.0.mlp.linear_fc2.weight"}
+    fc1 = next(name.replace("{}", "0").replace("{e}", "1") for name in names if "fc1" in name)
+    first = next(p for p in found if p.expert == 3 and p.message == "transformer layer 2" and "fc1" in p.name)
+    assert (first.name, first.ep_rank, list(first.ep_ranks)) == (fc1, 1, [1])
+    # Row 3 * 24 of the stacked gates is where expert 3 begins; tensor rank 1 has its second half.
+    for key, below in (("mlp l0 weight W", 0), ("mlp l0 weight V", 12)):
+        tiles = [(t.part, t.row, t.rows, t.part_row) for t in first.tiles(key)]
+        assert tiles == [(0, 72, 12, below), (1, 84, 12, below)]
+
+
+def test_a_bias_of_an_expert_is_a_vector_in_the_file_and_a_row_of_its_message() -> None:
+    spec = mcore.target_spec(spec_of("llama_mlp_bias")).replace(moe=EXPERTS)
+    found = [p for p in placements(mcore.table("local"), spec, Layout(4, 2, 1, 2, 4), 256)
+             if p.message == "transformer layer 1" and p.expert == 3]  # fmt: skip
+    fc1 = next(p for p in found if p.name.endswith("fc1.bias"))
+    assert (fc1.name, fc1.part_shape, fc1.seen_shape) == (
+        "decoder.layers.1.mlp.experts.local_experts.1.linear_fc1.bias", (24,), (1, 24)
+    )  # fmt: skip
+    assert [(t.part, t.row, t.col, t.rows, t.cols, t.part_row, t.part_col) for t in fc1.tiles("mlp l0 bias V")] == [
+        (0, 3, 0, 1, 12, 0, 12), (1, 3, 12, 1, 12, 0, 12)
+    ]  # fmt: skip
+    fc2 = next(p for p in found if p.name.endswith("fc2.bias"))
+    assert (fc2.part_shape, fc2.seen_shape, fc2.row.cut.replicated) == ((48,), (1, 48), True)
+    assert [(t.part, t.row, t.col, t.cols) for t in fc2.tiles("mlp l1 bias")] == [(0, 3, 0, 48), (1, 3, 0, 48)]
+
+
+def test_multi_token_prediction_lies_on_the_last_stage_with_a_copy_of_the_embedding() -> None:
+    """Its number begins at 0 there, whatever comes before; a copy only where the first stage is another."""
+    spec = spec_of("llama2").replace(mtp_layers=2)
+    for pp in (1, 2, 4):
+        found = stages(spec, 1, pp)
+        own = [name for name in found[-1] if name.startswith("mtp.")]
+        assert {name.split(".")[2] for name in own} == {"0", "1"}
+        assert found[-1]["mtp.layers.1.eh_proj.weight"] == (48, 96)
+        assert "mtp.layers.1.mtp_model_layer.self_attention.linear_qkv.weight" in own
+        assert not any(name.startswith("mtp.") for stage in found[:-1] for name in stage)
+        assert ["embedding.word_embeddings.weight" in stage for stage in found] == (
+            [True, *[False] * (pp - 2), True] if pp > 1 else [True]
+        )
+
+
 @pytest.mark.parametrize(
     ("overrides", "tp", "message"),
     [
@@ -123,7 +222,7 @@ def test_biases_and_their_cuts() -> None:
 )
 def test_what_does_not_divide_is_named(overrides: dict[str, Any], tp: int, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
-        list(placements(mcore.LOCAL, spec_of("llama2", **overrides), Layout(4, tp), 384))
+        list(placements(mcore.table("local"), spec_of("llama2", **overrides), Layout(4, tp), 384))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from ckptconv import dtypes, lazy
+from ckptconv import dtypes, files, lazy
 from ckptconv.errors import SourceError, TableError
-from ckptconv.lazy import Assembly, Cast, FileTensor, LazyTensor, Literal, Piece, Transposed, Zeros
+from ckptconv.lazy import Assembly, Cast, FileTensor, LazyTensor, Literal, Piece, Strided, Transposed, Zeros
 
 Stored = Callable[..., FileTensor]
 
@@ -110,6 +110,97 @@ def test_transposed(stored: Stored) -> None:
     assert tensor.shape == (5, 3)
     assert torch.equal(lazy.to_torch(tensor, block_bytes=24), whole.T)
     assert torch.equal(rectangle(tensor, 1, 1, 3, 2), whole.T[1:4, 1:3])
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(3, 7), (1, 1), (4, 6), (2, 1)])
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_strided_is_every_nth_column(stored: Stored, rows: int, cols: int, step: int, start: int) -> None:
+    if start >= cols:
+        return
+    whole = counting(rows, cols)
+    tensor = Strided(stored(whole), start, step)
+    assert tensor.shape == tuple(whole[:, start::step].shape)
+    assert torch.equal(lazy.to_torch(tensor, block_bytes=16), whole[:, start::step])
+
+
+@pytest.mark.parametrize(("cols", "step"), [(6, 3), (6, 2), (6, 1), (6, 6), (8, 4), (2, 1), (15, 5)])
+def test_strided_with_wrap_goes_round_until_all_columns_are_taken(stored: Stored, cols: int, step: int) -> None:
+    """cols / step columns of the first round, then the same one further: a matrix [cols / step, step] transposed."""
+    whole = counting(3, cols)
+    tensor = Strided(stored(whole), 0, step, wrap=True)
+    assert tensor.shape == (3, cols)
+    expected = whole.reshape(3, cols // step, step).transpose(1, 2).reshape(3, cols)
+    assert torch.equal(lazy.to_torch(tensor, block_bytes=8), expected)
+    assert sorted(lazy.to_torch(tensor)[0].tolist()) == whole[0].tolist()
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_any_rectangle_of_strided_columns(stored: Stored, wrap: bool) -> None:
+    tensor = Strided(stored(counting(4, 12)), 0, 3, wrap)
+    whole = lazy.to_torch(tensor)
+    for row in range(4):
+        for col in range(tensor.cols):
+            for last in range(col + 1, tensor.cols + 1):
+                assert torch.equal(rectangle(tensor, row, col, 4 - row, last - col), whole[row:, col:last])
+
+
+def test_strided_columns_of_three_dimensions(stored: Stored) -> None:
+    whole = counting(2, 3, 9)
+    tensor = Strided(stored(whole), 1, 2)
+    assert tensor.shape == (2, 3, 4)
+    assert torch.equal(lazy.to_torch(tensor, block_bytes=16), whole[..., 1::2])
+    assert pickle.loads(pickle.dumps(tensor)) == tensor
+
+
+@pytest.mark.parametrize(("cols", "wanted"), [(3, 1), (4, 1), (5, 1), (64, 16), (64, 15), (64, 17), (64, 1)])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "uint8"])
+def test_narrow_columns_of_wide_tensors(stored: Stored, cols: int, wanted: int, name: str) -> None:
+    """On both sides of FAR, where a read per row takes the place of one over all rows."""
+    whole = (counting(7, cols) % 251).to(dtypes.of_torch(name))
+    for col in (0, (cols - wanted) // 2, cols - wanted):
+        found = rectangle(stored(whole), 1, col, 5, wanted)
+        assert torch.equal(found, whole[1:6, col : col + wanted])
+
+
+def test_far_columns_are_read_without_what_lies_between(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    real = files.read_exactly
+
+    def noted(path: str, offset: int, out: memoryview) -> None:
+        reads.append(len(out))
+        real(path, offset, out)
+
+    monkeypatch.setattr(lazy, "read_exactly", noted)
+    tensor = stored(counting(6, 4 * lazy.FAR))
+    rectangle(tensor, 0, 3, 6, 4)
+    assert reads == [4 * 4] * 6
+    reads.clear()
+    rectangle(tensor, 0, 3, 6, 5)
+    assert reads == [(5 * 4 * lazy.FAR + 5) * 4]
+    reads.clear()
+    rectangle(tensor, 2, 0, 4, 4 * lazy.FAR)
+    assert reads == [4 * 4 * lazy.FAR * 4]
+
+
+def test_a_narrow_column_at_the_end_of_a_truncated_file_is_named(stored: Stored) -> None:
+    tensor = stored(counting(3, 8))
+    with open(tensor.path, "r+b") as file:
+        file.truncate(7 + 3 * 8 * 4 - 1)
+    with pytest.raises(SourceError, match=r"\.bin: ends at byte 102"):
+        rectangle(tensor, 0, 7, 3, 1)
+
+
+def test_a_vector_seen_as_one_row(stored: Stored) -> None:
+    """A bias is n rows of one column, or one row of a stacked tensor."""
+    vector = stored(counting(6))
+    assert (vector.rows, vector.cols) == (6, 1)
+    row = vector.seen((1, 6))
+    assert (row.rows, row.cols) == (1, 6)
+    assert torch.equal(rectangle(row, 0, 2, 1, 3), counting(6)[None, 2:5])
+    assert torch.equal(lazy.to_torch(row.seen((2, 3))), counting(2, 3))
+    with pytest.raises(TableError, match=r"a Zeros of shape \[6\] cannot be seen as \[1, 6\]"):
+        Zeros("float32", (6,)).seen((1, 6))
 
 
 def test_zeros_and_literal() -> None:

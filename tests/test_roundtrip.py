@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from ckptconv import families, verify
 from ckptconv.cli import main
 from ckptconv.errors import VerifyError
+from ckptconv.formats import megatron_args
 from fixtures import FIXTURES, config, logits
+from samples import SPECS
 
 Hf = Callable[..., Path]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -109,9 +111,25 @@ def test_every_layout(hf: Hf, direct: Direct, tmp_path: Path, name: str, tp: int
     same_directory(convert(there, tmp_path / "back", "hf"), hf(name))
 
 
-@pytest.mark.parametrize("name", [name for name in FIXTURES if name not in ("llama2", "qwen2_tied")])
+#: What Megatron cannot be told, by what it is.
+REFUSED = {name: found for name, spec in SPECS.items() if (found := megatron_args.refusals(spec, tp=2))}
+
+
+@pytest.mark.parametrize("name", [name for name in FIXTURES if name not in ("llama2", "qwen2_tied", *REFUSED)])
 def test_every_model(hf: Hf, direct: Direct, tmp_path: Path, name: str) -> None:
     same_directory(convert(direct(name, 2, 2), tmp_path / "back", "hf"), hf(name))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_megatron_cannot_be_told_is_refused_with_every_reason(
+    hf: Hf, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    flags = ("--saver", "megatron_mcore", "--load-dir", hf(name), "--save-dir", tmp_path / "out", *layout(2, 1))
+    assert main(list(map(str, flags))) == 7
+    said = capsys.readouterr().err
+    assert all(reason in said for reason in REFUSED[name]), said
+    assert "Nothing was written" in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -131,8 +149,9 @@ def test_more_ranks_than_groups(hf: Hf, direct: Direct, tmp_path: Path, tp: int)
     same_directory(convert(direct("llama_mqa", tp, 1), tmp_path / "back", "hf"), hf("llama_mqa"))
 
 
-def test_from_hugging_face_to_hugging_face(hf: Hf, tmp_path: Path) -> None:
-    same_directory(convert(hf("llama31"), tmp_path / "out", "hf"), hf("llama31"))
+@pytest.mark.parametrize("name", ["llama31", *REFUSED])
+def test_from_hugging_face_to_hugging_face(hf: Hf, tmp_path: Path, name: str) -> None:
+    same_directory(convert(hf(name), tmp_path / "out", "hf"), hf(name))
 
 
 # Megatron to Megatron
@@ -517,5 +536,5 @@ def test_transformers_computes_the_same_from_what_comes_back(
 ) -> None:
     """The proof for the HF saver: its real consumer reads the directory and gives the very same logits."""
     ids = torch.tensor([[1, 5, 9, 17, 33, 65, 2, 1, 7, 11, 13]])
-    back = convert(direct(name, 2, 2), tmp_path / "back", "hf")
+    back = convert(hf(name) if name in REFUSED else direct(name, 2, 2), tmp_path / "back", "hf")
     assert torch.equal(logits(back, ids), logits(hf(name), ids))

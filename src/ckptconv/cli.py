@@ -53,7 +53,7 @@ def parser() -> _Parser:
     add("--bf16", action="store_true", help="the same as --dtype bf16")
     add("--fp16", action="store_true", help="the same as --dtype fp16")
     add("--max-queue-size", type=numbers.positive, default=50, metavar="N", help="messages in the queue (default 50)")
-    add("--max-memory", type=numbers.size, metavar="SIZE", help="shared memory for plugins that send tensors")
+    add("--max-memory", type=numbers.size, metavar="SIZE", help="most memory of all processes (default: as needed)")
     add("--threads", type=numbers.positive, metavar="N", help="threads that copy (default: one per core, at most 8)")
     add("--no-checking", action="store_false", dest="checking", help="do not check message names and unknown keys")
     add("--no-progress", action="store_false", dest="progress", help="no progress bar")
@@ -107,9 +107,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Any, Any]:
 
 
 def _settle(args: argparse.Namespace) -> None:
-    """What follows from flags: one element type, log level, memory."""
-    from ckptconv.transport import MEMORY
-
+    """What follows from flags: one element type, log level."""
     asked = {name for name in ("bf16", "fp16") if getattr(args, name)} | ({args.dtype} - {"keep"})
     if len(asked) > 1:
         raise UsageError(f"--dtype {args.dtype}, --bf16 and --fp16 contradict one another; give one of them.")
@@ -119,7 +117,6 @@ def _settle(args: argparse.Namespace) -> None:
 
         families.model_type(args.model_type)
     args.log_level = logging.DEBUG if args.verbose else logging.INFO
-    args.memory = args.max_memory or MEMORY
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -133,7 +133,7 @@ def _run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
     process = _Saver(saver, args)
     sender = transport.Sender(
         process.queue, process.returned, checking=args.checking, dtype=args.dtype_name,
-        loader=loader.name, memory=args.memory, alive=process.alive, model_type=args.model_type,
+        loader=loader.name, memory=_budget(args, saver), alive=process.alive, model_type=args.model_type,
     )  # fmt: skip
     try:
         loader.run(sender, args)
@@ -158,6 +158,15 @@ def _run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
     result = process.result or {}
     peak = memory.stop() + sender.shared_bytes + int(result.get("peak_memory", 0))
     return Report(time.monotonic() - started, int(result.get("bytes", 0)), peak, result)
+
+
+#: What a saver's process holds for itself: one of ours, and one of others that has imported torch.
+OURS, WITH_TORCH = 48 << 20, 384 << 20
+
+
+def _budget(args: Namespace, saver: Plugin) -> transport.Budget:
+    other = OURS if saver.ours and not args.dtype_name else WITH_TORCH
+    return transport.Budget(args.max_memory, other, copied=not saver.ours)
 
 
 @contextlib.contextmanager
@@ -213,7 +222,8 @@ def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, par
         saver = plugins.find("saver", name)
         if saver.ours:
             gc.disable()  # nothing here makes reference cycles worth the search
-        receiver = transport.Receiver(queue, returned, checking=args.checking, alive=alive)
+        receiver = transport.Receiver(queue, returned, checking=args.checking, alive=alive,
+                                      slices=saver.slices, most=args.max_memory)  # fmt: skip
         result = saver.run(receiver, args)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)  # it is done: only the report is left

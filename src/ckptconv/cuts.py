@@ -85,27 +85,41 @@ class QKVColumnParallel(ColumnParallel):
 
 
 @dataclass(frozen=True)
-class RowParallel(Cut):
-    """The last dimension in equal contiguous runs."""
-
-    def shape(self, keys: Sequence[Shape], tp: int) -> Shape:
-        return (*keys[0][:-1], keys[0][-1] // tp)
-
-    def tiles(self, keys: Sequence[Shape], index: int, tp: int) -> list[Tile]:
-        rows, cols = matrix(keys[0])
-        each = cols // tp
-        return [Tile(t, 0, t * each, 0, 0, rows, each) for t in range(tp)]
+class HeadsColumnParallel(ColumnParallel):
+    """Dim 0 in whole attention heads (multi-latent projections)."""
 
     def check(self, name: str, keys: Sequence[Shape], tp: int, spec: ModelSpec) -> None:
-        if keys[0][-1] % tp:
+        if spec.num_attention_heads % tp:
             raise LayoutError(
-                f"{name}: {keys[0][-1]} columns do not divide by tp {tp}. "
+                f"{name}: tp {tp} does not divide {spec.num_attention_heads} attention heads. "
                 "Choose a tensor parallel size that divides them."
             )
+
+
+@dataclass(frozen=True)
+class RowParallel(Cut):
+    """The last dimension in equal contiguous runs; several keys lie side by side on every rank."""
+
+    def shape(self, keys: Sequence[Shape], tp: int) -> Shape:
+        return (*keys[0][:-1], sum(key[-1] for key in keys) // tp)
+
+    def tiles(self, keys: Sequence[Shape], index: int, tp: int) -> list[Tile]:
+        rows, cols = matrix(keys[index])
+        each, left = cols // tp, sum(key[-1] for key in keys[:index]) // tp
+        return [Tile(t, 0, t * each, 0, left, rows, each) for t in range(tp)]
+
+    def check(self, name: str, keys: Sequence[Shape], tp: int, spec: ModelSpec) -> None:
+        for key in keys:
+            if key[-1] % tp:
+                raise LayoutError(
+                    f"{name}: {key[-1]} columns do not divide by tp {tp}. "
+                    "Choose a tensor parallel size that divides them."
+                )
 
 
 REPLICATED = Replicated()
 COLUMN = ColumnParallel()
 GATED_COLUMN = COLUMN  # a gated fc1 is its two keys, each column parallel, one below the other
 QKV_COLUMN = QKVColumnParallel()
+HEADS_COLUMN = HeadsColumnParallel()
 ROW = RowParallel()

@@ -83,7 +83,7 @@ class Output:
         close_written(self.path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Target:
     """The rectangle [rows, cols] at (row, col) of a job's tensor goes to (slot_row, slot_col) of a slot."""
 
@@ -308,7 +308,8 @@ def _units(job: Job, message: _Message) -> Iterator[_Unit]:
 def _write(t: Target, row: int, block: Matrix, crc: int, runs: Runs, buffers: _Buffers) -> None:
     """Write the part of a block, which begins at `row`, that belongs to `t`. `crc` is that of the whole block."""
     count, cols = block.shape
-    slot_cols, width = matrix(t.output.plan.slots[t.slot].shape)[1], block.itemsize
+    slot = t.output.plan.slots[t.slot]
+    slot_cols, width = matrix(slot.seen or slot.shape)[1], block.itemsize
     slot_row = t.slot_row + row - t.row
     data = block
     if t.cols != cols:

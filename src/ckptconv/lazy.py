@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
+#: Bytes of a block of a transposed tensor: rows of it are columns of a file, and few columns cost as much as all.
+TALL = 32 << 20
+#: From this ratio of a row to what is wanted of it on, rows are read one by one.
+FAR = 4
+
 
 def matrix(shape: Shape) -> tuple[int, int]:
     """(rows, cols) of a shape: `[a, b, c]` is a*b rows of c, `[n]` is n rows of 1, `[]` is one element."""
@@ -42,6 +47,8 @@ def matrix(shape: Shape) -> tuple[int, int]:
 
 class LazyTensor:
     """Base: an element type (torch's name), a shape, and a way to read a rectangle of it."""
+
+    __slots__ = ()
 
     dtype: str
     shape: Shape
@@ -58,9 +65,18 @@ class LazyTensor:
     def nbytes(self) -> int:
         return prod(self.shape) * dtypes.size_of(self.dtype)
 
+    @property
+    def band(self) -> int:
+        """Rows that cost as much to read as one of them does: blocks begin and end at multiples of it."""
+        return 1
+
     def read(self, out: Matrix, row: int, col: int) -> None:
         """Fill `out` [r, c] (unsigned, of the element's width) with the rectangle that starts at (row, col)."""
         raise NotImplementedError
+
+    def seen(self, shape: Shape) -> LazyTensor:
+        """The same elements in another shape."""
+        raise TableError(f"a {type(self).__name__} of shape {list(self.shape)} cannot be seen as {list(shape)}")
 
     def narrow_rows(self, start: int, length: int) -> LazyTensor:
         """`length` indices of the first dimension from `start` on."""
@@ -69,7 +85,7 @@ class LazyTensor:
         return Assembly(self.dtype, (length, *self.shape[1:]), (piece,))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileTensor(LazyTensor):
     """Row-major elements lying in a file from byte `offset` on."""
 
@@ -77,6 +93,9 @@ class FileTensor(LazyTensor):
     offset: int
     dtype: str
     shape: Shape
+
+    def seen(self, shape: Shape) -> FileTensor:
+        return replace(self, shape=shape)
 
     def read(self, out: Matrix, row: int, col: int) -> None:
         import numpy as np
@@ -86,6 +105,11 @@ class FileTensor(LazyTensor):
         if out.shape[1] == cols:
             target = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
             read_exactly(self.path, start, as_bytes(target))
+        elif cols >= FAR * out.shape[1]:
+            # A narrow column of a wide tensor: most of one read over all of it would be thrown away.
+            target = np.empty(out.shape, out.dtype)
+            for n in range(out.shape[0]):
+                read_exactly(self.path, start + n * cols * width, as_bytes(target[n]))
         else:
             # One read over all rows touched: a read per row would cost a system call each.
             span = np.empty((out.shape[0] - 1) * cols + out.shape[1], out.dtype)
@@ -105,6 +129,19 @@ class Zeros(LazyTensor):
 
     def read(self, out: Matrix, row: int, col: int) -> None:
         out[...] = 0
+
+
+@dataclass(frozen=True)
+class Ones(LazyTensor):
+    """All elements one."""
+
+    dtype: str
+    shape: Shape
+
+    def read(self, out: Matrix, row: int, col: int) -> None:
+        import torch
+
+        out[...] = as_numpy(torch.ones(1, dtype=dtypes.of_torch(self.dtype)))[0]
 
 
 @dataclass(frozen=True)
@@ -156,11 +193,47 @@ class Transposed(LazyTensor):
     def shape(self) -> Shape:  # type: ignore[override]
         return self.base.shape[::-1]
 
+    @property
+    def band(self) -> int:
+        return min(self.rows, max(1, TALL // (self.cols * dtypes.size_of(self.dtype))))
+
     def read(self, out: Matrix, row: int, col: int) -> None:
         self.base.read(out.T, col, row)
 
 
 @dataclass(frozen=True)
+class Strided(LazyTensor):
+    """Columns `start`, `start + step`, ... of `base`; with `wrap` all of them, each next round one column further."""
+
+    base: LazyTensor
+    start: int
+    step: int
+    wrap: bool = False
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.base.dtype
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        cols = self.base.cols
+        return self.base.shape if self.wrap else (*self.base.shape[:-1], -(-(cols - self.start) // self.step))
+
+    def read(self, out: Matrix, row: int, col: int) -> None:
+        import numpy as np
+
+        wanted = self.start + self.step * np.arange(col, col + out.shape[1])
+        if self.wrap:
+            rounds = -(-self.base.cols // self.step)  # columns of one round
+            number = np.arange(col, col + out.shape[1])
+            wanted = self.start + self.step * (number % rounds) + number // rounds
+        first = int(wanted.min())
+        span = np.empty((out.shape[0], int(wanted.max()) + 1 - first), out.dtype)
+        self.base.read(span, row, first)
+        out[...] = span[:, wanted - first]
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """The rectangle [rows, cols] at (row, col) of a whole is the one at (part_row, part_col) of `part`."""
 
@@ -198,6 +271,10 @@ class Assembly(LazyTensor):
     def _index(self) -> tuple[list[int], int]:
         return [p.row for p in self.pieces], max(p.rows for p in self.pieces)
 
+    @property
+    def band(self) -> int:
+        return max((p.part.band for p in self.pieces), default=1)
+
     def read(self, out: Matrix, row: int, col: int) -> None:
         starts, tallest = self._index
         last_row, last_col = row + out.shape[0], col + out.shape[1]
@@ -211,9 +288,13 @@ class Assembly(LazyTensor):
 
 
 def blocks(tensor: LazyTensor, limit: int, breaks: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of consecutive blocks of at most `limit` bytes that end at every row of `breaks`."""
+    """(first row, rows) of consecutive blocks of at most `limit` bytes that end at every row of `breaks`.
+
+    A tensor with bands has at least one of them in a block.
+    """
     per_row = max(1, tensor.cols * dtypes.size_of(tensor.dtype))
     step = max(1, limit // per_row)
+    step = max(tensor.band, step - step % tensor.band)
     edges = sorted({b for b in breaks if 0 < b < tensor.rows} | {tensor.rows})
     row = 0
     for edge in edges:

@@ -26,7 +26,10 @@ FUNCTIONS = {"loader": "load_checkpoint", "saver": "save_checkpoint"}
 
 @dataclass(frozen=True)
 class Plugin:
-    """A validated plugin. `ours` plugins speak lazy tensors; those of others get and put real ones."""
+    """A validated plugin. `ours` plugins speak lazy tensors; those of others get and put real ones.
+
+    `slices`: a saver that has said (`takes_expert_slices = True`) that it takes big layers in several messages.
+    """
 
     kind: str
     name: str
@@ -36,6 +39,7 @@ class Plugin:
     run: Callable[[Any, Any], Any]
     ours: bool
     summary: str
+    slices: bool = False
 
 
 def builtin(kind: str) -> list[str]:
@@ -121,7 +125,8 @@ def _validated(kind: str, name: str, module: Any, origin: str, ours: bool) -> Pl
         found[wanted] = value
     lines = (inspect.getdoc(module) if not isinstance(module, SimpleNamespace) else module.__doc__) or ""
     summary = lines.strip().split("\n")[0]
-    return Plugin(kind, name, where, origin, found["add_arguments"], found[function], ours, summary)
+    slices = bool(getattr(module, "takes_expert_slices", False))
+    return Plugin(kind, name, where, origin, found["add_arguments"], found[function], ours, summary, slices)
 
 
 def listing() -> Iterator[tuple[str, str, str, str]]:

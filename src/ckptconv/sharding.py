@@ -6,36 +6,59 @@ The one place where a format's table and the placement of layers meet. Loaders j
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptconv.formats.table import Row, rows_of
 from ckptconv.layout import Layout
-from ckptconv.lazy import Shape
+from ckptconv.lazy import Shape, matrix
 from ckptconv.messages import Expected, expected
 from ckptconv.ops import Tile
 from ckptconv.spec import ModelSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placement:
-    """One tensor name on one stage: what it holds and how the tensor ranks share it."""
+    """One tensor name on one stage: what it holds and how the tensor ranks share it.
+
+    `expert`: it holds this global expert's slice of the keys and lies on one expert rank (`ep_rank`) only; other
+    tensors lie on all of them.
+    """
 
     message: str
     keys: tuple[str, ...]
-    shapes: tuple[Shape, ...]  # of the keys as stored: vocabulary padded
+    shapes: tuple[Shape, ...]  # of the keys, or of the expert's slices of them, as stored: vocabulary padded
     row: Row
     stage: int
     name: str
     tp: int
+    ep: int
+    expert: int | None = None
+    ep_rank: int | None = None
 
     @property
     def part_shape(self) -> Shape:
-        """Shape on one rank."""
+        """Shape on one rank, as a file has it."""
+        shape = self.seen_shape
+        return shape[1:] if self.row.vector else shape
+
+    @property
+    def seen_shape(self) -> Shape:
+        """Shape on one rank, as tiles see it: an expert's slice of a bias is one row."""
         return self.row.cut.shape(self.shapes, self.tp)
 
+    @property
+    def ep_ranks(self) -> range:
+        """Expert ranks that hold the tensor."""
+        return range(self.ep) if self.ep_rank is None else range(self.ep_rank, self.ep_rank + 1)
+
     def tiles(self, key: str) -> list[Tile]:
-        """Rectangles of `key`; `part` is the tensor rank."""
-        return self.row.cut.tiles(self.shapes, self.keys.index(key), self.tp)
+        """Rectangles of `key`, all experts counted; `part` is the tensor rank."""
+        index = self.keys.index(key)
+        tiles = self.row.cut.tiles(self.shapes, index, self.tp)
+        if not self.expert:
+            return tiles
+        above = self.expert * matrix(self.shapes[index])[0]
+        return [replace(tile, row=tile.row + above) for tile in tiles]
 
 
 def _stored(shape: Shape, row: Row, padded_vocab: int) -> Shape:
@@ -45,19 +68,27 @@ def _stored(shape: Shape, row: Row, padded_vocab: int) -> Shape:
 def place(table: Sequence[Row], message: Expected, spec: ModelSpec, layout: Layout, padded: int) -> list[Placement]:
     """Where the tensors of one message lie."""
     last = layout.pp - 1
-    if message.layer is not None:
+    if message.layer is not None and message.layer < layout.num_layers:
         stage, local = layout.stage_of(message.layer)
     else:
-        stage, local = (0 if message.template == "embeddings" else last), 0
+        stage, local = (0 if message.template == "embeddings" else last), message.index
     placements = []
     for row in rows_of(table, message, spec):
         if row.last_stage and layout.pp == 1:
-            continue  # a tied head on the only stage is the embedding itself
+            continue  # on the only stage it is the embedding itself
         shapes = tuple(_stored(message.shapes[key], row, padded) for key in row.keys)
-        where = last if row.last_stage else stage
-        placements.append(
-            Placement(message.name, row.keys, shapes, row, where, row.name.format(i=local), layout.tp)
+        one = Placement(
+            message.name, row.keys, shapes, row, last if row.last_stage else stage, row.name, layout.tp, layout.ep
         )
+        if not row.expert:
+            placements.append(replace(one, name=row.name.format(i=local)))
+            continue
+        # A slice of a bias [e, m] is [m] in the file, but one row of its message tensor.
+        each = tuple((1, *shape[1:]) if row.vector else shape[1:] for shape in shapes)
+        for expert in range(layout.num_experts):
+            rank, number = layout.expert_of(expert)
+            name = row.name.format(i=local, e=number)
+            placements.append(replace(one, name=name, shapes=each, expert=expert, ep_rank=rank))
     return placements
 
 

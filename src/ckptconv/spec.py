@@ -20,7 +20,8 @@ class Rope:
 
     kind: `default`, `linear`, `llama3`, `dynamic`, `yarn`, `longrope`; scaling: the remaining numbers of Hugging
     Face's `rope_scaling` under their own names (factor, low_freq_factor, ...); percent: share of each head that is
-    rotated; interleaved: pairs are (2j, 2j+1) instead of (j, j + d/2).
+    rotated; interleaved: pairs are (2j, 2j+1) instead of (j, j + d/2). Messages have them as this says, but for
+    multi-latent attention, where messages always have pairs and it says what the family's files have.
     """
 
     theta: float = 10000.0
@@ -31,13 +32,66 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class MoE:
+    """Layers with experts, and how their router chooses.
+
+    layers: 1 for every layer that has experts, 0 for a dense one; score: what makes scores of the router's logits;
+    normalize: the chosen scores are divided by their sum (softmax: the same as a softmax over the chosen logits);
+    num_groups, topk_groups: experts are chosen from the `topk_groups` best of `num_groups` groups, None without
+    groups; group_score: how a group is scored, `max` or `top2` (the sum of its two best).
+    """
+
+    num_experts: int
+    topk: int
+    ffn_hidden_size: int  # of one expert
+    layers: tuple[int, ...]
+    score: str = "softmax"  # or sigmoid
+    normalize: bool = True
+    scaling_factor: float = 1.0  # on the chosen scores, after normalising
+    score_bias: bool = False  # a trained correction, in fp32, added only for choosing
+    num_groups: int | None = None
+    topk_groups: int | None = None
+    group_score: str = "max"
+    router_bias: bool = False
+    router_fp32: bool = False  # the router's product is computed in fp32
+    shared_ffn_hidden_size: int | None = None  # of all shared experts together
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True)
+class MLA:
+    """Multi-latent attention: queries and keys are `qk_head_dim` numbers without and `qk_rope_head_dim` with rope.
+
+    `kv_channels` of such a model is `v_head_dim`, and it has as many query groups as heads. Rotary rows are
+    interleaved pairs.
+    """
+
+    q_lora_rank: int | None  # None: queries are projected in one step
+    kv_lora_rank: int
+    qk_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def q_head_dim(self) -> int:
+        """Numbers of one query head."""
+        return self.qk_head_dim + self.qk_rope_head_dim
+
+
+#: Where a layer has norms. pre: before attention and before the MLP; sandwich: also after both; output: only after
+#: both, inside the residual; post: after each residual sum (BERT), where "input norm" of layer i + 1 is that after
+#: the MLP of layer i and the final norm that of the last layer.
+NORMS = ("pre", "sandwich", "output", "post")
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """What a model is. Names are Megatron's; the family names the table that knows its Hugging Face names."""
 
     family: str
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int  # of a dense layer
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
@@ -49,14 +103,45 @@ class ModelSpec:
     norm: str = "RMSNorm"  # or LayerNorm, which adds biases
     norm_epsilon: float = 1e-5
     norm_offset: bool = False  # stored weights are gamma - 1; a flag, never arithmetic
-    activation: str = "silu"
+    norms: str = "pre"  # one of NORMS
+    qk_norm: str | None = None  # norms on queries and keys: `head` (one for all heads) or `full` (over all heads)
+    activation: str = "silu"  # `gelu` is the exact one, `gelu_tanh` its approximation, `quick_gelu` x sigmoid(1.702 x)
     gated: bool = True  # two first projections: W is activated, V is not
+    activation_clamp: float | None = None  # both halves of a gated MLP are clamped
+    gate_offset: float = 0.0  # added to V before the product
     qkv_bias: bool = False
     dense_bias: bool = False  # on the attention output projection
-    mlp_bias: bool = False
+    mlp_bias: bool = False  # on both linears of the MLP, experts included
     tied: bool = False  # the output layer is the word embedding
-    rope: Rope | None = field(default_factory=Rope)  # None: learned absolute positions
+    rope: Rope | None = field(default_factory=Rope)  # None: no rotary embedding
+    rope_layers: tuple[int, ...] | None = None  # 1 for every layer that has rope; None: all
+    local_rope: Rope | None = None  # of the windowed layers, where it differs
+    learned_positions: bool = False
+    position_offset: int = 0  # rows of the learned positions before that of the first token (OPT: for padding)
+    alibi: bool = False
+    alibi_scaled: bool = False  # its slopes are multiplied by the softmax scale like the scores (Falcon)
     sliding_window: int | None = None  # keys seen by a query, itself included
+    window_layers: tuple[int, ...] | None = None  # 1 for every layer with the window; None: all
+    sinks: bool = False  # one more, trained logit per head in the softmax
+    softmax_scale: float | None = None  # None: 1 / sqrt(head dim)
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    parallel_residual: bool = False  # attention and MLP read the same input: x + attn(norm x) + mlp(norm x)
+    shared_norm: bool = False  # with parallel_residual: one norm feeds both
+    moe: MoE | None = None
+    mla: MLA | None = None
+    mtp_layers: int = 0  # multi-token prediction layers behind the last one, of its kind
+    num_tokentypes: int = 0  # BERT: rows of the token type embeddings
+    lm_head: bool = False  # BERT: the transform before the output layer, and the vocabulary bias
+    head_activation: str | None = None  # BERT: of that transform, where it is not the layers'
+    binary_head: bool = False  # BERT: next sentence classifier
+    pooler: bool = False  # BERT
+    encoder_layers: int = 0  # T5: layers of the encoder; the decoder's `num_layers` layers read its output, too
+    relative_buckets: int = 0  # T5: learned biases of scores by distance, `relative_buckets` per head and half
+    relative_distance: int = 0  # T5: from this distance on all are in the last bucket
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
@@ -69,6 +154,15 @@ class ModelSpec:
                 f"model config: {self.num_attention_heads} attention heads do not divide into "
                 f"{self.num_query_groups} query groups (kv heads)."
             )
+        lists = {"window_layers": self.window_layers, "rope_layers": self.rope_layers}
+        for name, per_layer in {**lists, "moe.layers": self.moe.layers if self.moe else None}.items():
+            if per_layer is not None and len(per_layer) != self.num_layers:
+                raise SourceError(
+                    f"model config: {name} has {len(per_layer)} entries, expected one for each of {self.num_layers} "
+                    "layers."
+                )
+        if self.moe and not 0 < self.moe.topk <= self.moe.num_experts:
+            raise SourceError(f"model config: top {self.moe.topk} of {self.moe.num_experts} experts.")
 
     @property
     def heads_per_group(self) -> int:
@@ -78,6 +172,10 @@ class ModelSpec:
     def qkv_rows(self) -> int:
         """Rows of the fused qkv: (a + 2g) * d."""
         return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+
+    def has_experts(self, layer: int | None) -> bool:
+        """Whether a layer is a mixture of experts; layers behind the last are of its kind (MTP)."""
+        return self.moe is not None and layer is not None and bool(self.moe.layers[min(layer, self.num_layers - 1)])
 
     @property
     def norm_has_bias(self) -> bool:
@@ -102,11 +200,17 @@ class ModelSpec:
                 )
         values = dict(data)
         try:
-            if values.get("rope") is not None:
-                values["rope"] = Rope(**values["rope"])
-            return cls(**values)
+            for name, kind in (("rope", Rope), ("local_rope", Rope), ("moe", MoE), ("mla", MLA)):
+                if values.get(name) is not None:
+                    values[name] = kind(**_tuples(values[name]))
+            return cls(**_tuples(values))
         except TypeError as error:
             raise SourceError(f"{where}: {error}.") from error
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where specs, which are hashable, have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def differences(one: ModelSpec, other: ModelSpec, ignore: typing.Collection[str] = ()) -> list[str]:

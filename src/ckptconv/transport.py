@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptconv import dtypes, families, lazy, metadata
-from ckptconv.errors import ProtocolError
+from ckptconv.errors import ProtocolError, UsageError
 from ckptconv.lazy import Cast, FileTensor, LazyTensor
-from ckptconv.messages import KEY_ALIASES, MESSAGE_ALIASES, Expected, canonical, check, expected
+from ckptconv.measure import resident
+from ckptconv.messages import KEY_ALIASES, MESSAGE_ALIASES, Course, Expected, canonical, check
 from ckptconv.metadata import Metadata
 
 log = logging.getLogger("ckptconv")
@@ -35,27 +36,63 @@ _POLL = 0.2
 
 @dataclass
 class Wire:
-    """One message on the queue: its tensors, and how much shared memory goes back when it has been used."""
+    """One message on the queue: its tensors, the shared memory that goes back when it has been used, and how much
+    memory its sender holds.
+    """
 
     name: str
     tensors: dict[str, LazyTensor]
     buffer: int | None = None
+    held: int = 0
+
+
+@dataclass
+class Budget:
+    """What --max-memory leaves for tensors in memory. most: of the whole run, None without a limit; other: what the
+    process at the other end holds for itself; copied: it makes its own copy of each message.
+    """
+
+    most: int | None = None
+    other: int = 0
+    copied: bool = False
+
+    @staticmethod
+    def check(want: Expected, nbytes: int, room: int) -> None:
+        """Raise UsageError when a message does not fit."""
+        if nbytes <= room:
+            return
+        hint = " or send a layer's experts in messages of their own" if want.sliced else ""
+        raise UsageError(
+            f"--max-memory: message {want.name!r} takes {nbytes / 1e6:.0f} MB, but beside what the processes hold "
+            f"themselves there is room for {max(0, room) / 1e6:.0f} MB. Give at least "
+            f"{-(-(nbytes - room) // 10**6)} MB more{hint}."
+        )
 
 
 class _Shared:
     """Unnamed shared memory, reused. Buffers are never closed while the run lasts: readers keep them open by path."""
 
-    def __init__(self, limit: int, returned: Any, alive: Callable[[], None]) -> None:
-        self._limit, self._returned, self._alive = limit, returned, alive
+    def __init__(self, memory: Budget, returned: Any, alive: Callable[[], None]) -> None:
+        self._memory, self._returned, self._alive = memory, returned, alive
         self._descriptors: list[int] = []
         self._free: list[int] = []
         self._sizes: list[int] = []
         self._used: dict[int, int] = {}
         self.peak = 0
 
-    def take(self, nbytes: int) -> int:
-        """A buffer of at least `nbytes`; waits while more than the limit is in flight."""
-        while self._used and sum(self._used.values()) + nbytes > self._limit:
+    def held(self) -> int:
+        """Bytes this process holds, these buffers included."""
+        return resident() + sum(self._sizes)
+
+    def take(self, nbytes: int, want: Expected) -> int:
+        """A buffer of at least `nbytes`; waits while more than may be is in flight. Raises UsageError."""
+        limit = MEMORY
+        if self._memory.most is not None:
+            limit = self._memory.most - self._memory.other - resident()
+            if self._memory.copied:
+                limit -= nbytes  # the other end holds it again
+            self._memory.check(want, nbytes, limit)
+        while self._used and sum(self._used.values()) + nbytes > limit:
             self._alive()
             try:
                 self._back(self._returned.get(timeout=_POLL))
@@ -70,12 +107,19 @@ class _Shared:
             number = len(self._descriptors)
             self._descriptors.append(os.memfd_create(f"ckptconv-{number}"))
             self._sizes.append(0)
+        # Free buffers keep their memory, for the next message, as long as there is room for it.
+        for unused in (number, *self._free):
+            if sum(self._sizes) - self._sizes[number] + nbytes > limit:
+                self._resize(unused, 0)
         if self._sizes[number] < nbytes:
-            os.ftruncate(self._descriptors[number], nbytes)
-            self._sizes[number] = nbytes
+            self._resize(number, nbytes)
         self._used[number] = nbytes
         self.peak = max(self.peak, sum(self._sizes))
         return number
+
+    def _resize(self, number: int, nbytes: int) -> None:
+        os.ftruncate(self._descriptors[number], nbytes)
+        self._sizes[number] = nbytes
 
     def _back(self, number: int) -> None:
         del self._used[number]
@@ -94,15 +138,14 @@ class Sender:
     """What a loader puts into. Accepts our lazy tensors and torch tensors, today's names and the older ones."""
 
     def __init__(self, queue: Any, returned: Any, *, checking: bool, dtype: str | None, loader: str,
-                 memory: int, alive: Callable[[], None], model_type: str | None = None) -> None:  # fmt: skip
+                 memory: Budget, alive: Callable[[], None], model_type: str | None = None) -> None:  # fmt: skip
         self._queue, self._checking, self._dtype, self._loader, self._alive = queue, checking, dtype, loader, alive
         self._shared = _Shared(memory, returned, alive)
         self._model_type = model_type
         self._metadata: Metadata | None = None
         self._namespace: Any = None
         self._held: list[dict[str, Any]] = []  # messages that came before the sizes were known
-        self._wanted: Iterator[Expected] = iter(())
-        self._next: Expected | None = None
+        self._course: Course | None = None
         self._cast: set[str] = set()
         self.finished = False
         self.gave_up = False
@@ -134,8 +177,9 @@ class Sender:
             return
         if word != "done":
             raise ProtocolError(f"loader {self._loader}: put the string {word!r}, expected 'done' or 'exit'.")
-        if self._metadata is None or self._next is not None:
-            lacking = repr(self._next.name) if self._next else "the metadata or the first layer"
+        awaited = self._course.awaited if self._course else None
+        if self._course is None or awaited is not None:
+            lacking = repr(awaited) if awaited else "the metadata or the first layer"
             raise ProtocolError(
                 f"loader {self._loader}: ended before sending {lacking}. Every message of the model must be sent once."
             )
@@ -158,8 +202,7 @@ class Sender:
         if self._model_type:
             families.check_model_type(self._model_type, known.spec)
         self._metadata = known
-        self._wanted = expected(known.spec)
-        self._next = next(self._wanted)
+        self._course = Course(known.spec)
         ours = metadata.build(known)
         theirs = {k: v for k, v in vars(self._namespace).items() if _plain(v) and not hasattr(ours, k)}
         self._send(type(ours)(**{**theirs, **vars(ours)}))
@@ -184,7 +227,8 @@ class Sender:
             self._check_and_send(message)
 
     def _check_and_send(self, message: dict[str, Any]) -> None:
-        want = self._next
+        assert self._course is not None
+        want = self._course.next(message["name"], message)
         if want is None:
             if not self._checking:
                 return
@@ -192,21 +236,23 @@ class Sender:
         _trim_vocabulary(message, want)
         tensors = check(message, want, self._checking)
         self._send(self._wire(want, tensors))
-        self._next = next(self._wanted, None)
+        self._course.passed(want)
 
     def _wire(self, want: Expected, tensors: dict[str, Any]) -> Wire:
         assert self._metadata is not None
         known: dict[str, LazyTensor] = {}
         real = {key: value for key, value in tensors.items() if not isinstance(value, LazyTensor)}
         for key, value in tensors.items():
-            dtype = self._metadata.dtype(want.name, key)
+            dtype = self._metadata.dtype(want.part_of, key)
             if key not in real:
                 known[key] = value if value.dtype == dtype else Cast(value, dtype)
         if not real:
-            return Wire(want.name, {key: known[key] for key in tensors})
-        number, offset = self._shared.take(sum(_aligned(t.nbytes) for t in real.values())), 0
+            return Wire(want.name, {key: known[key] for key in tensors}, None, self._shared.held())
+        size = sum(_aligned(t.numel() * dtypes.size_of(self._metadata.dtype(want.part_of, key)))
+                   for key, t in real.items())  # fmt: skip
+        number, offset = self._shared.take(size, want), 0
         for key, value in real.items():
-            dtype = self._metadata.dtype(want.name, key)
+            dtype = self._metadata.dtype(want.part_of, key)
             if not self._dtype and str(value.dtype) != f"torch.{dtype}" and key not in self._cast:
                 self._cast.add(key)
                 log.warning("loader %s: %r is %s, sent as %s (params_dtype)", self._loader, key, value.dtype, dtype)
@@ -214,7 +260,7 @@ class Sender:
             self._shared.write(number, offset, lazy.as_bytes(lazy.as_numpy(tensor.reshape(-1))))
             known[key] = FileTensor(self._shared.path(number), offset, dtype, tuple(tensor.shape))
             offset += _aligned(tensor.nbytes)
-        return Wire(want.name, {key: known[key] for key in tensors}, number)
+        return Wire(want.name, {key: known[key] for key in tensors}, number, self._shared.held())
 
     def _send(self, item: Any) -> None:
         while True:
@@ -229,10 +275,13 @@ class Sender:
 class Receiver:
     """What a saver gets from. Ours iterate over `messages`; those of others call `get`."""
 
-    def __init__(self, queue: Any, returned: Any, *, checking: bool, alive: Callable[[], None]) -> None:
+    def __init__(self, queue: Any, returned: Any, *, checking: bool, alive: Callable[[], None],
+                 slices: bool = False, most: int | None = None) -> None:  # fmt: skip
         self._queue, self._returned, self._checking, self._alive = queue, returned, checking, alive
+        self._slices, self._most = slices, most
         self._metadata: Metadata | None = None
-        self._wanted: Iterator[Expected] = iter(())
+        self._course: Course | None = None
+        self._ready: Iterator[dict[str, Any]] = iter(())
         self.finished = False
 
     def rest(self) -> None:
@@ -249,16 +298,70 @@ class Receiver:
         if self._metadata is None:
             namespace = self._open()
             return metadata.for_plugin(namespace)
-        item = self._checked()
-        if item is None:
-            return "done"
-        want, wire = item
-        message = Message({key: lazy.to_torch(value) for key, value in wire.tensors.items()})
-        message["name"] = MessageName(want.name)
-        self.release(wire)
+        message = next(self._ready, None)
+        if message is None:
+            item = self._checked()
+            if item is None:
+                return "done"
+            self._ready = self._messages(*item)
+            message = next(self._ready)
         return message
 
     get_nowait = get
+
+    def _messages(self, want: Expected, wire: Wire) -> Iterator[dict[str, Any]]:
+        """A message as a saver of others takes it: whole, or in slices that fit into memory."""
+        size = sum(tensor.nbytes for tensor in wire.tensors.values())
+        room = None if self._most is None else self._most - wire.held - resident()
+        if want.experts is not None and not self._slices:
+            yield self._gathered(want, wire)
+            return
+        few = min(MEMORY, room) if room is not None else MEMORY
+        if want.experts is None and want.sliced and self._slices and size > few:
+            rest = want.without_experts()
+            yield self._real(rest, {key: wire.tensors[key] for key in rest.shapes}, room)
+            each = sum(wire.tensors[key].nbytes for key in want.sliced) // want.num_experts
+            count = max(1, few // max(1, each))
+            for start in range(0, want.num_experts, count):
+                part = want.slice_of(range(start, min(start + count, want.num_experts)))
+                tensors = {key: wire.tensors[key].narrow_rows(start, part.shapes[key][0]) for key in part.shapes}
+                yield self._real(part, tensors, room)
+        else:
+            yield self._real(want, wire.tensors, room)
+        self.release(wire)
+
+    def _real(self, want: Expected, tensors: dict[str, LazyTensor], room: int | None) -> dict[str, Any]:
+        """Tensors in private memory, under their names."""
+        if room is not None:
+            Budget.check(want, sum(tensor.nbytes for tensor in tensors.values()), room)
+        message = Message({key: lazy.to_torch(value) for key, value in tensors.items()})
+        message["name"] = MessageName(want.name)
+        return message
+
+    def _gathered(self, want: Expected, wire: Wire) -> dict[str, Any]:
+        """A layer that came in slices, whole."""
+        import torch
+
+        whole = want.whole or want
+        tensors: dict[str, Any] = {}
+        while True:
+            for key, value in wire.tensors.items():
+                if key not in whole.sliced:
+                    tensors[key] = lazy.to_torch(value)
+                    continue
+                if key not in tensors:
+                    tensors[key] = torch.empty(whole.shapes[key], dtype=dtypes.of_torch(value.dtype))
+                tensors[key][want.experts.start : want.experts.stop] = lazy.to_torch(value)  # type: ignore[union-attr]
+            self.release(wire)
+            if want.experts and want.experts.stop == whole.num_experts:
+                break
+            item = self._checked()
+            if item is None:
+                raise ProtocolError(f"the stream ended within {whole.name!r}.")
+            want, wire = item
+        message = Message({key: tensors[key] for key in whole.shapes})
+        message["name"] = MessageName(whole.name)
+        return message
 
     def metadata(self) -> Metadata:
         """The first message. Call once, before `messages`."""
@@ -267,7 +370,10 @@ class Receiver:
         return self._metadata
 
     def messages(self) -> Iterator[tuple[Expected, Wire]]:
-        """Every message in order, checked. `release` each when its tensors are no longer needed."""
+        """Every message in order, checked, a layer whole or in slices as it was sent.
+
+        `release` each when its tensors are no longer needed.
+        """
         while (item := self._checked()) is not None:
             yield item
 
@@ -281,20 +387,22 @@ class Receiver:
         self._metadata = metadata.read(namespace)
         if self._metadata is None:
             raise ProtocolError("the stream did not begin with metadata")
-        self._wanted = expected(self._metadata.spec)
+        self._course = Course(self._metadata.spec)
         return namespace
 
     def _checked(self) -> tuple[Expected, Wire] | None:
         item = self._take()
-        want = next(self._wanted, None)
+        assert self._course is not None
         if item == "done":
-            if want is not None:
-                raise ProtocolError(f"the stream ended before {want.name!r}.")
+            if self._course.awaited is not None:
+                raise ProtocolError(f"the stream ended before {self._course.awaited!r}.")
             self.finished = True
             return None
+        want = self._course.next(item.name, item.tensors)
         if want is None:
             raise ProtocolError(f"message {item.name!r} came after the last one of the model.")
         check({"name": item.name, **item.tensors}, want, self._checking)
+        self._course.passed(want)
         return want, item
 
     def _take(self) -> Any:

@@ -12,11 +12,13 @@ import os
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ckptconv import dtypes, lazy
+from ckptconv.checksum import whole
 from ckptconv.engine import Engine, Job, Output, Target, default_threads
 from ckptconv.errors import ProtocolError, SourceError
 from ckptconv.lazy import Assembly, LazyTensor, Literal, Piece, Zeros
@@ -46,6 +48,15 @@ class Route:
 Routes = dict[tuple[str, str], Route]
 
 
+@dataclass(frozen=True)
+class Build:
+    """A slot whose content is not rectangles of message tensors: `make` makes it of those of one message."""
+
+    file: str
+    slot: str
+    make: Callable[[dict[str, LazyTensor]], LazyTensor]
+
+
 @dataclass
 class Written:
     """What was written: bytes in all, and a digest per tensor of the stream (message -> key -> text)."""
@@ -57,10 +68,14 @@ class Written:
 def write(
     receiver: Receiver, staging: Staging, plans: Mapping[str, PlannedFile], routes: Routes,
     fills: list[tuple[LazyTensor, Route]], metadata: Metadata, args: Namespace, fingerprint: dict[str, Any],
+    builds: Mapping[str, Sequence[Build]] = MappingProxyType({}),
+    reread: Mapping[str, Callable[[dict[str, LazyTensor]], dict[str, LazyTensor]]] = MappingProxyType({}),
 ) -> Written:  # fmt: skip
     """Receive the whole stream and fill the planned files under `staging`; they are complete and flushed on return.
 
-    `fills` are tensors that no message has (zero biases). Raises CkptconvError of any kind.
+    `fills` are tensors that no message has (zero biases), `builds` those made of a message's, by its name. `reread`,
+    also by message: which tensors a reader gets back otherwise than they came, and how; their digests are of that.
+    Raises CkptconvError of any kind.
     """
     staging.begin(fingerprint, {name: plan.size for name, plan in plans.items()})
     outputs = {name: Output(staging.path(name), plan) for name, plan in plans.items() if name not in staging.finished}
@@ -75,27 +90,41 @@ def write(
             known = {message: dict(keys) for message, keys in digests.items()}
         staging.done(names[id(output)], output.plan.size, known)
 
-    def digest(message: str, key: str, crc: int) -> None:
+    parts: dict[tuple[str, str], list[list[int]]] = {}  # checksums of slices
+
+    def digest(message: str, key: str, nbytes: int, start: int, size: int, crc: int) -> None:
         with lock:
-            digests.setdefault(message, {})[key] = f"crc32:{crc:08x}"
+            runs = parts.setdefault((message, key), [])
+            runs.append([start, start + size, crc])
+            value = whole(runs, nbytes)
+            if value is not None:
+                digests.setdefault(message, {})[key] = f"crc32:{value:08x}"
 
     bar = _Bar(sum(output.data_bytes for output in outputs.values()), args.progress)
     flight = threading.Semaphore(IN_FLIGHT)
     with bar, Engine(args.threads or default_threads(), finished, bar.add) as engine:
         for tensor, route in fills:
-            engine.submit([Job(tensor, _targets(route, outputs), 0, lambda crc: None)])
-        for want, wire in receiver.messages():
+            engine.submit([Job(tensor, _targets(route, outputs), 0, _nothing)])
+        for want, tensors, wires in _gathered(receiver.messages(), builds):
             while not flight.acquire(timeout=0.2):
                 engine.check()
             bar.name(want.name)
             jobs = []
-            for key, tensor in wire.tensors.items():
+            changed = reread[want.name](tensors) if want.name in reread else {}
+            for key, tensor in {**tensors, **changed}.items():
                 job = _job(want, key, tensor, routes, outputs, args, digest)
-                if job.targets or key not in digests.get(want.name, {}):
+                if job.targets or key not in digests.get(want.part_of, {}):
                     jobs.append(job)
+            for build in builds.get(want.name, ()):
+                if build.file in outputs:
+                    made = build.make(tensors)
+                    all_of_it = Tile(0, 0, 0, 0, 0, made.rows, made.cols)
+                    target = Route([(build.file, build.slot, all_of_it)])
+                    jobs.append(Job(made, _targets(target, outputs), 0, _nothing))
 
-            def settle(wire: Wire = wire) -> None:
-                receiver.release(wire)
+            def settle(wires: list[Wire] = wires) -> None:
+                for wire in wires:
+                    receiver.release(wire)
                 flight.release()
 
             engine.submit(jobs, settle)
@@ -104,6 +133,38 @@ def write(
     total = sum(plan.size for plan in plans.values())
     ordered = {m.name: {key: digests[m.name][key] for key in m.shapes} for m in expected(metadata.spec)}
     return Written(total, ordered)
+
+
+def _gathered(
+    messages: Iterable[tuple[Expected, Wire]], builds: Mapping[str, Sequence[Build]]
+) -> Iterator[tuple[Expected, dict[str, LazyTensor], list[Wire]]]:
+    """Messages as they come, but a layer that came in slices whole where something is built of it."""
+    wires: list[Wire] = []
+    for want, wire in messages:
+        wires.append(wire)
+        if want.experts is None or want.part_of not in builds:
+            yield want, wire.tensors, wires
+        elif want.whole and want.experts.stop == want.num_experts:
+            yield want.whole, _joined(want.whole, wires), wires
+        else:
+            continue
+        wires = []
+
+
+def _joined(layer: Expected, wires: Sequence[Wire]) -> dict[str, LazyTensor]:
+    """The tensors of a layer from its messages."""
+    tensors = dict(wires[0].tensors)
+    for key in layer.sliced:
+        pieces, row = [], 0
+        for part in (wire.tensors[key] for wire in wires[1:]):
+            pieces.append(Piece(row, 0, part.rows, part.cols, part, 0, 0))
+            row += part.rows
+        tensors[key] = Assembly(pieces[0].part.dtype, layer.shapes[key], tuple(pieces))
+    return {key: tensors[key] for key in layer.shapes}
+
+
+def _nothing(crc: int) -> None:
+    """What is not in the stream has no digest."""
 
 
 def _check_unchanged(metadata: Metadata) -> None:
@@ -119,16 +180,30 @@ def _check_unchanged(metadata: Metadata) -> None:
 
 def _job(
     want: Expected, key: str, tensor: LazyTensor, routes: Routes, outputs: dict[str, Output], args: Namespace,
-    digest: Callable[[str, str, int], None],
+    digest: Callable[[str, str, int, int, int, int], None],
 ) -> Job:  # fmt: skip
     """The work of one tensor: padded, with the targets that are not finished yet."""
-    route = routes.get((want.name, key))
+    route = routes.get((want.part_of, key))
     if route is None:
         raise ProtocolError(f"message {want.name!r}: nothing is planned for {key!r}.")
     rows = tensor.rows
     if route.rows is not None and route.rows > tensor.shape[0]:
         tensor = padded(tensor, route.rows, args.pad_vocab)
-    return Job(tensor, _targets(route, outputs), rows, lambda crc: digest(want.name, key, crc))
+    size, start, targets = rows * tensor.cols * dtypes.size_of(tensor.dtype), 0, _targets(route, outputs)
+    nbytes = size
+    if want.experts:  # of each expert as many rows and bytes
+        start, nbytes = (n * size // len(want.experts) for n in (want.experts.start, want.num_experts))
+        first = want.experts.start * rows // len(want.experts)
+        targets = [part for target in targets if (part := _within(target, first, rows))]
+    return Job(tensor, targets, rows, lambda crc: digest(want.part_of, key, nbytes, start, size, crc))
+
+
+def _within(target: Target, first: int, rows: int) -> Target | None:
+    """The part of a target that lies in `rows` rows from `first` on, counted from there."""
+    top, bottom = max(target.row, first), min(target.row + target.rows, first + rows)
+    if top >= bottom:
+        return None
+    return replace(target, row=top - first, slot_row=target.slot_row + top - target.row, rows=bottom - top)
 
 
 def _targets(route: Route, outputs: dict[str, Output]) -> list[Target]:

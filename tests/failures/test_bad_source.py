@@ -195,9 +195,20 @@ def test_a_great_many_layers(hf: Path) -> None:
     refused(hf, "", "layers", limit=4)
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_local_experts"])
+def test_a_great_many_layers_or_experts(key: str, hf: Path) -> None:
+    """Lists with an entry for each would fill the memory."""
+    moe = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
+    edit(hf / "config.json", lambda d: d.update({**moe, key: 10**9}))
+    refused(hf, "config.json", f"says 1000000000 {key.split('_')[-1]}", limit=4)
+
+
 @pytest.mark.parametrize(("name", "value"), [
     ("num_layers", 10**6),
     ("num_layers", 10**12),
+    ("num_experts", 10**9),
+    ("mtp_num_layers", 10**9),
+    ("expert_model_parallel_size", 10**4),
     ("num_layers", -1),
     ("num_layers", math.nan),
     ("num_layers", "4"),

@@ -125,7 +125,18 @@ def test_a_loader_of_others(target: Path) -> None:
     assert 0.6 * peak < said < 1.6 * peak, (peak >> 20, said >> 20)
 
 
-def test_max_memory(target: Path) -> None:
-    """With room for one message in flight, the peak is lower by the rest of the default."""
-    peak, _ = measured(*torch_flags(target, 8, "--max-memory", "40MB"))
-    assert peak < (320 << 20) + 3 * LARGEST, f"{peak >> 20} MiB"
+def test_max_memory_is_kept(target: Path) -> None:
+    """A loader of others and a saver of ours: what is in flight is what the processes leave of the limit."""
+    unbounded, _ = measured(*torch_flags(target, 30))
+    shutil.rmtree(target)
+    limit = int(0.7 * unbounded)
+    peak, _ = measured(*torch_flags(target, 30, "--max-memory", f"{limit}"))
+    assert peak < limit, f"{peak >> 20} MiB of {limit >> 20}"
+
+
+def test_a_limit_that_cannot_be_kept_is_refused(target: Path) -> None:
+    words = torch_flags(target, 8, "--max-memory", "150MB")
+    ended = Run(words).wait(90, LINGER)
+    assert ended.code == 2, ended.err
+    assert re.search(r"--max-memory: message 'embeddings' takes \d+ MB, but .* Give at least \d+ MB more", ended.err)
+    assert not target.exists() or not any(target.rglob("*.pt"))

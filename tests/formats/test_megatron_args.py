@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -22,7 +23,8 @@ from ckptconv.formats.megatron_args import (
     spec_of,
     unsupported,
 )
-from ckptconv.spec import ModelSpec, Rope
+from ckptconv.spec import MLA, ModelSpec, MoE, Rope
+from megatron_models import BERT, BIASED, IN_CODE, MLA_MODEL, MODELS, SMALL, V3_MOE
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA2_7B = ModelSpec(
@@ -244,8 +246,10 @@ def test_absent_attributes_have_the_defaults_of_megatron() -> None:
         "ffn_hidden_size": 640,  # int(4 * 256 * 2 / 3 / 64) * 64
         "max_position_embeddings": 64, "seq_length": 64, "norm": "LayerNorm", "norm_epsilon": 1e-5,
         "norm_offset": False, "activation": "silu", "gated": True, "qkv_bias": True,
-        "dense_bias": True, "mlp_bias": True, "tied": True,
-        "rope": Rope(), "sliding_window": None,
+        "dense_bias": True, "mlp_bias": True, "tied": True, "model_type": "GPT",
+        "rope": Rope(), "sliding_window": None, "window_layers": None, "rope_layers": None, "learned_positions": False,
+        "sinks": False, "softmax_scale": None, "activation_clamp": None, "gate_offset": 0.0, "qk_norm": None,
+        "mtp_layers": 0, "moe": None,
     }  # fmt: skip
     assert spec_of({**least, "swiglu": False}, "test")["ffn_hidden_size"] == 1024
     assert spec_of({**least, "disable_bias_linear": True}, "test")["dense_bias"] is False
@@ -316,18 +320,31 @@ def test_wrong_attributes_are_named(attr: str, value: object, said: str) -> None
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_experts": 8}, "mixture of experts"),
-        ({"multi_latent_attention": True}, "latent"),
-        ({"qk_layernorm": True}, "queries and keys"),
-        ({"mtp_num_layers": 1}, "multi-token"),
-        ({"position_embedding_type": "yarn", "use_rotary_position_embeddings": False}, "only rope"),
+        ({"multi_latent_attention": True}, "latent attention without norms"),
+        ({"multi_latent_attention": True, "qk_layernorm": True, "position_embedding_type": "learned_absolute",
+          "use_rotary_position_embeddings": False}, "positions beside those"),
+        ({"qk_layernorm": True, "normalization": "LayerNorm"}, "norms with biases on queries and keys"),
+        ({"qk_l2_norm": True}, "L2 norms"),
+        ({"position_embedding_type": "mrope", "use_rotary_position_embeddings": False}, "are read"),
         ({"virtual_pipeline_model_parallel_size": 2}, "virtual"),
-        ({"squared_relu": True, "swiglu": False}, "squared ReLU"),
-        ({"quick_geglu": True, "swiglu": False}, "quick GELU"),
-        ({"swiglu": False}, "GELU"),
+        ({"softmax_type": "off-by-one"}, "a sink that is not trained"),
+        ({"use_te_activation_func": True}, "Transformer Engine's activations"),
+        ({"activation_func_clamp_value": 7.0}, "fused swiglu"),
+        ({"activation_func_clamp_value": 7.0, "swiglu": False}, "without a gated MLP"),
+        ({"enable_gpt_oss": True}, "numbers are in Megatron's code"),
+        ({"moe_router_score_function": "sqrtsoftplus"}, "scores of the router"),
+        ({"moe_router_topk_limited_devices": 2}, "by device"),
+        ({"num_experts": 8, "moe_router_load_balancing_type": "sinkhorn"}, "by balance"),
+        ({"num_experts": 8, "moe_router_topk": 6, "moe_router_group_topk": 2}, "the sum of their best 3 logits"),
+        ({"num_experts": 8, "moe_router_topk": 4, "moe_router_group_topk": 2}, "the sum of their best 2 logits"),
+        ({"moe_latent_size": 64}, "smaller space"),
+        ({"moe_mlp_glu_interleave_size": 32}, "in turn"),
+        ({"moe_single_grouped_weight": True}, "in one tensor"),
+        ({"mla_down_proj_fusion": True}, "in one tensor"),
+        ({"mtp_use_repeated_layer": True}, "again and again"),
         ({"hybrid_override_pattern": "M*-"}, "hybrid"),
         ({"heterogeneous_layers_config_path": "x.json"}, "differ in shape"),
-        ({"window_attn_skip_freq": [1, 0]}, "some layers"),
+        ({"apply_residual_connection_post_layernorm": True}, "after the norm"),
         ({"window_size": (7, 7)}, "looks ahead"),
         ({"normalization": "L2Norm"}, "only RMSNorm"),
         ({"spec": ["module", "name"]}, "--spec"),
@@ -349,15 +366,37 @@ def test_models_that_are_not_read_are_named(changes: dict[str, object], said: st
         ),
         ({"rope": Rope(kind="llama3", scaling={"factor": 8.0})}, "8192"),
         ({"rope": Rope(kind="linear")}, "without a factor"),
-        ({"rope": Rope(kind="yarn", scaling={"factor": 4.0})}, "yarn"),
+        ({"rope": Rope(kind="yarn")}, "without a factor"),
+        ({"rope": Rope(kind="yarn", scaling={"factor": 4.0}, percent=0.5)}, "part of the head"),
+        ({"rope": Rope(kind="yarn", scaling={"factor": 4.0}, interleaved=True)}, "interleaved"),
+        ({"rope": Rope(kind="yarn", scaling={"factor": 1.0, "attention_factor": 1.2})}, "attention_factor 1.2"),
         ({"rope": Rope(kind="longrope")}, "rope kind longrope"),
-        ({"rope": None}, "learned absolute positions"),
-        ({"activation": "gelu", "gated": False}, "activation gelu"),
-        ({"activation": "gelu_tanh"}, "activation gelu_tanh"),
+        ({"learned_positions": True}, "learned positions beside rope"),
+        ({"activation": "xielu"}, "activation xielu"),
+        ({"activation_clamp": 7.0, "gated": False}, "without gate"),
         ({"norm": "ScaleNorm"}, "norm ScaleNorm"),
-        ({"model_type": "BERT"}, "model_type BERT"),
+        ({"norm": "LayerNorm", "qk_norm": "head"}, "LayerNorm on queries and keys"),
+        ({"model_type": "T5"}, "model_type T5"),
+        ({"model_type": "BERT", "rope": None, "learned_positions": True}, "language model head False"),
+        ({"position_offset": 2}, "2 rows of positions"),
+        ({"encoder_layers": 4}, "an encoder"),
+        ({"num_tokentypes": 2}, "token types"),
+        ({"alibi": True}, "alibi"),
+        ({"residual_multiplier": 0.2}, "residuals multiplied by 0.2"),
+        ({"logit_multiplier": 0.2}, "logits multiplied by 0.2"),
+        ({"moe": MoE(8, 2, 8, (1,) * 32, score="sigmoid", normalize=False)}, "norm_topk_prob False"),
+        ({"moe": MoE(8, 1, 8, (1,) * 32, score="sigmoid")}, "norm_topk_prob True and top 1"),
+        ({"moe": MoE(8, 1, 8, (1,) * 32)}, "one expert per token"),
+        ({"moe": MoE(8, 2, 8, (1,) * 32, score_bias=True)}, "score correction bias"),
+        ({"moe": MoE(8, 2, 8, (1,) * 32, score="relu")}, "router scores relu"),
+        ({"moe": MoE(8, 6, 8, (1,) * 32, normalize=False, num_groups=4, topk_groups=3)}, "by max"),
+        ({"moe": MoE(9, 4, 8, (1,) * 32, normalize=False, num_groups=4, topk_groups=4)}, "of 4 groups"),
+        ({"moe": MoE(8, 4, 8, (1,) * 32, num_groups=4, topk_groups=2, group_score="top2")}, "adds logits"),
+        ({"moe": MoE(8, 2, 8, (1,) * 32), "dense_bias": True, "qkv_bias": True}, "biases on some of"),
+        ({"moe": MoE(8, 2, 8, (1,) * 32, router_bias=True, shared_ffn_hidden_size=8), "dense_bias": True,
+          "qkv_bias": True, "mlp_bias": True}, "shared experts beside linear biases"),
     ],
-)
+)  # fmt: skip
 def test_refusals_name_the_property(changes: dict[str, Any], said: str) -> None:
     spec = LLAMA2_7B.replace(**changes)
     reasons = refusals(spec)
@@ -407,3 +446,373 @@ def test_biases_of_the_megatron_model(qkv: bool, dense: bool, mlp: bool, linear:
     args = written(spec)
     assert linear_bias(spec) is args["add_bias_linear"] is linear
     assert qkv_bias(spec) is args["add_qkv_bias"] is (qkv or linear)
+
+
+EVERYTHING = {**MODELS, **IN_CODE}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_models_are_read_back(name: str) -> None:
+    spec = EVERYTHING[name]
+    args = written(spec, 256, tp=1)
+    assert refusals(spec) == []
+    assert unsupported(args) == []
+    assert read(spec, args) == spec
+
+
+#: name -> attributes, flags present, flags absent; by hand from `mcore-families`' tables and Megatron's parser.
+SAID: dict[str, tuple[dict[str, object], list[str], list[str]]] = {
+    "mixtral": (
+        {"num_experts": 8, "moe_router_topk": 2, "moe_layer_freq": 1, "moe_ffn_hidden_size": 88,
+         "moe_router_pre_softmax": False, "sequence_parallel": True, "expert_tensor_parallel_size": 2},
+        ["--num-experts 8", "--moe-router-topk 2", "--moe-layer-freq 1", "--moe-ffn-hidden-size 88"],
+        ["--moe-router-pre-softmax", "--moe-router-dtype", "--moe-shared-expert-intermediate-size"],
+    ),
+    "qwen2 moe": (
+        {"moe_layer_freq": [0, 1, 0, 1], "moe_router_pre_softmax": True, "moe_shared_expert_gate": True,
+         "add_qkv_bias": True, "add_bias_linear": False, "ffn_hidden_size": 88, "moe_ffn_hidden_size": 24},
+        ["--moe-layer-freq [0,1,0,1]", "--moe-router-pre-softmax", "--moe-shared-expert-gate",
+         "--moe-shared-expert-intermediate-size 40"],
+        [],
+    ),
+    "deepseek v3": (
+        {"multi_latent_attention": True, "qk_layernorm": True, "rope_type": "yarn", "rotary_scaling_factor": 40.0,
+         "mscale": 1.0, "mscale_all_dim": 1.0, "q_lora_rank": 20, "kv_lora_rank": 18, "qk_head_dim": 8,
+         "qk_pos_emb_head_dim": 6, "v_head_dim": 10, "rotary_interleaved": False, "apply_rope_fusion": False,
+         "position_embedding_type": "rope", "moe_router_num_groups": 4, "moe_router_group_topk": 2,
+         "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "mtp_num_layers": 1,
+         "moe_router_topk_scaling_factor": 2.5, "moe_router_dtype": "fp32", "moe_layer_freq": [0, 1, 1, 1],
+         "original_max_position_embeddings": 4096, "group_query_attention": False},
+        ["--multi-latent-attention", "--qk-layernorm", "--rope-type yarn", "--rotary-scaling-factor 40.0",
+         "--mtp-num-layers 1", "--moe-router-dtype fp32", "--no-rope-fusion"],
+        ["--rotary-interleaved", "--yarn-beta-fast", "--group-query-attention"],
+    ),
+    "moonlight": ({"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0},
+                  ["--rope-type rope", "--no-rope-fusion"], ["--mscale-all-dim"]),
+    "gpt-oss": (
+        {"quick_geglu": True, "swiglu": False, "glu_linear_offset": 1.0, "activation_func_clamp_value": 7.0,
+         "softmax_type": "learnable", "window_size": (7, 0), "window_attn_skip_freq": [1, 0, 1, 0],
+         "add_bias_linear": True, "add_qkv_bias": True, "expert_tensor_parallel_size": 1,
+         "position_embedding_type": "yarn", "use_rotary_position_embeddings": False, "rotary_base": 150000,
+         "rotary_scaling_factor": 32.0, "yarn_original_max_position_embeddings": 4096, "yarn_beta_fast": 32.0,
+         "yarn_beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0, "yarn_correction_range_round_to_int": False,
+         "bias_gelu_fusion": True},
+        ["--position-embedding-type yarn", "--quick-geglu", "--softmax-type learnable",
+         "--window-attn-skip-freq [1,0,1,0]", "--no-yarn-correction-range-round-to-int"],
+        ["--no-bias-gelu-fusion", "--disable-bias-linear", "--no-rope-freq"],
+    ),
+    "gpt2": (
+        {"position_embedding_type": "learned_absolute", "use_rotary_position_embeddings": False,
+         "bias_gelu_fusion": True, "swiglu": False, "normalization": "LayerNorm", "add_bias_linear": True},
+        ["--position-embedding-type learned_absolute"],
+        ["--no-bias-gelu-fusion", "--swiglu", "--disable-bias-linear", "--rotary-base", "--norm-epsilon x"],
+    ),
+    "gpt neox, serial": ({"bias_gelu_fusion": False}, ["--no-bias-gelu-fusion", "--rotary-percent 0.5"], ["--swiglu"]),
+    "erf without biases": ({"bias_gelu_fusion": False}, ["--disable-bias-linear"], ["--no-bias-gelu-fusion"]),
+    "nope layers": ({"no_rope_freq": [0, 0, 0, 1]}, ["--no-rope-freq [0,0,0,1]"], []),
+    "no positions": ({"position_embedding_type": "none"}, ["--position-embedding-type none"], ["--rotary-base"]),
+    "nemotron": ({"squared_relu": True, "apply_layernorm_1p": True},
+                 ["--squared-relu", "--apply-layernorm-1p"], ["--swiglu", "--no-bias-gelu-fusion"]),
+    "squared relu, biases": ({}, ["--squared-relu", "--no-bias-gelu-fusion"], []),
+    "quick geglu, biases": ({}, ["--quick-geglu", "--no-bias-gelu-fusion"], []),
+    "clamped swiglu": ({"bias_swiglu_fusion": False}, ["--swiglu", "--no-bias-swiglu-fusion"], []),
+    "opt": ({"activation_func": "relu", "gated_linear_unit": False}, ["--no-bias-gelu-fusion"], []),
+    "gemma without caps": (
+        {"softmax_scale": 0.0625, "activation_func": "gelu_tanh", "gated_linear_unit": True}, [], [],
+    ),
+    "kimi k2": ({"beta_fast": 1.0, "rotary_base": 50000}, [], ["--beta-fast"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_models_say(name: str) -> None:
+    spec, (attributes, present, absent) = EVERYTHING[name], SAID[name]
+    args = written(spec, 256, tp=1 if linear_bias(spec) else 2)
+    assert {key: args.get(key) for key in attributes} == attributes
+    lines = spelled(spec)
+    assert set(present) <= set(lines)
+    assert not {line.split()[0] for line in lines} & set(absent)
+
+
+def test_settings_without_a_flag_are_only_there_when_they_say_something() -> None:
+    """core_transformer_config_from_args would take a None for a function."""
+    names = {"activation_func", "gated_linear_unit", "softmax_scale"}
+    assert not names & set(written(LLAMA2_7B))
+    assert names <= set(written(IN_CODE["gemma without caps"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("opt", ["args.activation_func = torch.nn.functional.relu before"]),
+        ("geglu erf", ["args.activation_func = torch.nn.functional.gelu and args.gated_linear_unit = True"]),
+        ("gelu tanh without biases", ["approximate='tanh') before"]),
+        ("gemma without caps", ["--window-size", "--window-attn-skip-freq", "--apply-layernorm-1p", "gated_linear_unit",
+                                "args.softmax_scale = 0.0625"]),
+        ("kimi k2", ["use 0.14", "args.beta_fast"]),
+        ("deepseek v3", ["use 0.14"]),
+        ("moonlight", ["--norm-epsilon 1e-05 in the norms of the latent"]),
+        ("deepseek v2", ["use 0.14"]),
+        ("gpt-oss", ["0.19", "--window-size", "--window-attn-skip-freq", "--softmax-type", "--quick-geglu", "router"]),
+        ("nope layers", ["--no-rope-freq exists from Megatron-LM 0.13"]),
+        ("gpt2", []),
+        ("starcoder2", ["--window-size"]),
+        ("mixtral", []),
+        ("qwen2 moe", ["--moe-shared-expert-gate exists from Megatron-LM 0.16"]),
+    ],
+)  # fmt: skip
+def test_limits_of_models(name: str, said: list[str]) -> None:
+    found = limits(EVERYTHING[name])
+    assert len(found) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, found, strict=True))
+
+
+def test_limits_of_multi_token_prediction() -> None:
+    assert "before 0.19" in limits(BIASED.replace(rope=None, learned_positions=True, mtp_layers=1))[0]
+    assert "validate_args" in limits(MODELS["yarn"].replace(mtp_layers=1))[-1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norms": "sandwich"}, {"norms": "output"}, {"parallel_residual": True},
+        {"parallel_residual": True, "shared_norm": True}, {"qk_norm": "full"}, {"attention_softcap": 50.0},
+        {"logit_softcap": 30.0}, {"embedding_multiplier": 8.0}, {"local_rope": Rope()},
+    ],
+)  # fmt: skip
+def test_custom_layers_lift_what_they_provide(changes: dict[str, Any]) -> None:
+    spec = LLAMA2_7B.replace(**changes)
+    assert len(refusals(spec)) == 1
+    assert refusals(spec, custom=True) == []
+    with pytest.raises(TargetError, match="cannot express"):
+        written(spec)
+    assert written(spec, spec_module=("module", "object"))["spec"] == ["module", "object"]
+    assert "--spec module object" in spelled(spec, spec_module=("module", "object"))
+
+
+def test_custom_layers_do_not_lift_the_rest() -> None:
+    assert refusals(LLAMA2_7B.replace(alibi=True), custom=True)
+    assert limits(SMALL.replace(softmax_scale=0.1))
+    assert limits(SMALL.replace(softmax_scale=0.1), custom=True) == []
+
+
+def test_experts_with_biases_have_one_tensor_rank() -> None:
+    spec = MODELS["gpt-oss"]
+    assert refusals(spec) == []
+    assert "tensor parallel size 2" in refusals(spec, tp=2)[0]
+    with pytest.raises(TargetError, match="experts with biases"):
+        written(spec, 256, tp=2)
+    assert refusals(MODELS["mixtral"], tp=2) == []
+
+
+@pytest.mark.parametrize(
+    ("stored", "window", "layers"),
+    [
+        (None, 8, None), (2, 8, (1, 0, 1, 0)), (4, 8, (1, 1, 1, 0)), (1, None, None), (5, 8, None),
+        ([0, 1, 1, 0], 8, (0, 1, 1, 0)), ((1, 1, 1, 1), 8, None), ([0, 0, 0, 0], None, None),
+    ],
+)  # fmt: skip
+def test_windows_on_some_layers(stored: object, window: int | None, layers: tuple[int, ...] | None) -> None:
+    """n: every layer but those whose number from 1 is a multiple of n (core/transformer/utils.py)."""
+    found = spec_of({**written(SMALL, 256), "window_size": (7, 0), "window_attn_skip_freq": stored}, "test")
+    assert (found["sliding_window"], found["window_layers"]) == (window, layers)
+
+
+@pytest.mark.parametrize(
+    ("stored", "layers"),
+    [(None, None), (0, None), (2, (1, 0, 1, 0)), (4, (1, 1, 1, 0)), (1, (0, 0, 0, 0)), ([0, 1, 0, 0], (1, 0, 1, 1)),
+     ([0, 0, 0, 0], None)],
+)  # fmt: skip
+def test_layers_without_rope(stored: object, layers: tuple[int, ...] | None) -> None:
+    """n: none on every nth; a list has 1 where there is none (transformer_config.py, attention.py)."""
+    assert spec_of({**written(SMALL, 256), "no_rope_freq": stored}, "test")["rope_layers"] == layers
+
+
+@pytest.mark.parametrize("attr", ["window_attn_skip_freq", "moe_layer_freq"])
+def test_a_frequency_of_nothing_is_named(attr: str) -> None:
+    args = {**written(MODELS["mixtral"], 256), "window_size": (7, 0), attr: 0}
+    with pytest.raises(SourceError, match=f"args.{attr} is 0"):
+        spec_of(args, "test")
+
+
+@pytest.mark.parametrize(("stored", "layers"), [(1, (1, 1, 1, 1)), (2, (1, 0, 1, 0)), ([0, 1, 1, 1], (0, 1, 1, 1))])
+def test_layers_with_experts(stored: object, layers: tuple[int, ...]) -> None:
+    """n: every nth layer counted from 0."""
+    moe = spec_of({**written(MODELS["mixtral"], 256), "moe_layer_freq": stored}, "test")["moe"]
+    assert isinstance(moe, MoE)
+    assert moe.layers == layers
+
+
+class Function:
+    """Stands for a function that was not unpickled."""
+
+    module, name = "torch._C._nn", "relu"
+
+
+@pytest.mark.parametrize(
+    ("stored", "activation", "gated"),
+    [
+        ({}, "gelu_tanh", False),
+        ({"bias_gelu_fusion": None}, "gelu_tanh", False),
+        ({"bias_gelu_fusion": False}, "gelu", False),
+        ({"add_bias_linear": False}, "gelu", False),
+        ({"disable_bias_linear": True}, "gelu", False),
+        ({"activation_func": Function()}, "relu", False),
+        ({"gated_linear_unit": True}, "gelu_tanh", True),
+        ({"gated_linear_unit": True, "bias_gelu_fusion": False}, "gelu", True),
+        ({"squared_relu": True}, "squared_relu", False),
+        ({"quick_geglu": True}, "quick_gelu", True),
+    ],
+)
+def test_activations_as_megatron_takes_them(stored: dict[str, object], activation: str, gated: bool) -> None:
+    """core_transformer_config_from_args and mlp.py: what F.gelu is depends on the fusion."""
+    found = spec_of(written(MODELS["gpt2"], 256) | stored, "test")
+    assert (found["activation"], found["gated"]) == (activation, gated)
+
+
+def test_an_unknown_function_is_named() -> None:
+    with pytest.raises(SourceError, match="activation_func is <inert>, expected an activation function"):
+        spec_of({**written(MODELS["gpt2"], 256), "activation_func": Inert()}, "test")
+
+
+def test_yarn_of_releases_without_a_rope_type() -> None:
+    """Up to 0.13 there was no --rope-type, the type was yarn, and it started from max_position_embeddings."""
+    args = written(MODELS["deepseek v3"], 256)
+    del args["rope_type"]
+    rope = spec_of(args, "test")["rope"]
+    assert isinstance(rope, Rope)
+    assert (rope.kind, rope.scaling["original_max_position_embeddings"]) == ("yarn", 163840)
+    args["rotary_scaling_factor"] = 1.0
+    assert spec_of(args, "test")["rope"] == Rope(10000.0, interleaved=True)
+
+
+@pytest.mark.parametrize(
+    ("latent", "given", "one", "every"),
+    [
+        (False, {}, 1.0, 0.0),
+        (False, {"mscale": 0.7}, 1.0, 0.0),  # transformers reads it only together with mscale_all_dim
+        (False, {"mscale": 0.7, "mscale_all_dim": 0.5}, 0.7, 0.5),
+        (False, {"mscale_all_dim": 0.5}, 1.0, 0.0),
+        (False, {"attention_factor": 1.0}, 0.0, 0.0),
+        (False, {"attention_factor": 2.0, "mscale": 0.7, "mscale_all_dim": 0.5}, 2.1714724095162588, 0.0),
+        (True, {"mscale": 0.707, "mscale_all_dim": 0.707}, 0.707, 0.707),
+        (True, {"mscale_all_dim": 0.5}, 1.7302585092994045, 0.5),
+        (True, {"mscale": 1.0, "mscale_all_dim": 0.0}, 1.0, 0.0),
+    ],
+)
+def test_factors_of_yarn(latent: bool, given: dict[str, float], one: float, every: float) -> None:
+    """factor 100, so L = 0.46051701859880917; cos and sin get what transformers' attention factor is."""
+    scaling = {"factor": 100.0, "original_max_position_embeddings": 4096, **given}
+    model = MLA_MODEL if latent else SMALL
+    args = written(model.replace(rope=Rope(kind="yarn", scaling=scaling, interleaved=latent)), 256)
+    assert args["mscale"] == pytest.approx(one)
+    assert args["mscale_all_dim"] == every
+    again = spec_of(args, "test")["rope"]
+    assert isinstance(again, Rope)
+    twice = written(model.replace(rope=again), 256)
+    assert twice["mscale"] == pytest.approx(one)
+    assert twice["mscale_all_dim"] == every
+
+
+def test_bert() -> None:
+    args = written(BERT, 256)
+    want = {"bert_binary_head": True, "position_embedding_type": "learned_absolute", "bias_gelu_fusion": False,
+            "spec": None}  # fmt: skip
+    assert {key: args[key] for key in want} == want
+    assert refusals(BERT) == []
+    assert ["up to 0.17" in sentence for sentence in limits(BERT)] == [True]
+    assert {"--norm-epsilon 1e-12", "--no-bias-gelu-fusion"} <= set(again(BERT)) <= set(spelled(BERT))
+    assert "--bert-no-binary-head" not in spelled(BERT)
+    local = written(BERT, 256, transformer_impl="local")
+    assert local["spec"] == ["local"]
+    assert "--spec local" in spelled(BERT, transformer_impl="local")
+    assert unsupported(local, "BERT") == []
+    assert "--spec" in unsupported(local)[0]
+    assert ModelSpec(**{"family": BERT.family, "dtype": "bfloat16", **spec_of(local, "x", "BERT")}) == BERT  # type: ignore[arg-type]
+
+
+def test_bert_without_a_binary_head_has_no_token_types() -> None:
+    spec = BERT.replace(num_tokentypes=0, binary_head=False, pooler=False)
+    assert "--bert-no-binary-head" in spelled(spec)
+    assert spec_of(written(spec, 256), "x", "BERT")["num_tokentypes"] == 0
+    for other in (BERT.replace(pooler=False), BERT.replace(lm_head=False), BERT.replace(binary_head=False)):
+        assert "a BERT with" in refusals(other)[0]
+    masked = BERT.replace(binary_head=False, pooler=False)
+    assert refusals(masked) == []
+    assert "num_tokentypes = 2" in limits(masked)[1]
+    assert "side" in refusals(BERT.replace(parallel_residual=True))[0]
+    assert refusals(BERT.replace(norms="post"))
+    assert refusals(BERT.replace(norms="post"), custom=True) == []
+
+
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "vocab_size",
+         "max_position_embeddings", "seq_length")  # fmt: skip
+#: field -> a value other than SMALL's or its default.
+OTHER: dict[str, Any] = {
+    **dict.fromkeys(SIZES, 28), "num_query_groups": 1, "family": "x", "dtype": "float32", "model_type": "T5",
+    "norm": "LayerNorm", "norm_epsilon": 1e-7, "norm_offset": True, "norms": "sandwich", "qk_norm": "head",
+    "activation": "relu", "gated": False, "activation_clamp": 7.0, "gate_offset": 1.0, "qkv_bias": True,
+    "dense_bias": True, "mlp_bias": True, "tied": True, "rope": Rope(1.0), "rope_layers": (1, 0, 0, 1),
+    "local_rope": Rope(), "learned_positions": True, "alibi": True, "alibi_scaled": True, "sliding_window": 5,
+    "window_layers": (1, 0, 0, 0), "sinks": True, "softmax_scale": 0.1, "attention_softcap": 1.0, "logit_softcap": 1.0,
+    "embedding_multiplier": 2.0, "residual_multiplier": 2.0, "logit_multiplier": 2.0, "parallel_residual": True,
+    "shared_norm": True, "moe": MoE(4, 2, 8, (1, 1, 0, 1)), "mla": MLA(None, 8, 4, 4, 12), "mtp_layers": 2,
+    "num_tokentypes": 2, "lm_head": True, "head_activation": "relu", "binary_head": True, "pooler": True,
+    "position_offset": 2, "encoder_layers": 2, "relative_buckets": 8, "relative_distance": 16,
+}  # fmt: skip
+MOE_OTHER: dict[str, Any] = {
+    "num_experts": 12, "topk": 5, "ffn_hidden_size": 7, "layers": (1, 1, 1, 1), "score": "softmax", "normalize": False,
+    "scaling_factor": 3.0, "score_bias": False, "num_groups": 2, "topk_groups": 1, "group_score": "max",
+    "router_bias": True, "router_fp32": False, "shared_ffn_hidden_size": 9, "shared_gate": True,
+}  # fmt: skip
+MLA_OTHER: dict[str, Any] = {
+    "q_lora_rank": 3, "kv_lora_rank": 3, "qk_head_dim": 3, "qk_rope_head_dim": 4, "v_head_dim": 10,
+}  # fmt: skip
+ROPE_OTHER: dict[str, Any] = {
+    "theta": 7.0, "kind": "linear", "scaling": {"factor": 3.0}, "percent": 0.25, "interleaved": True,
+}  # fmt: skip
+
+
+def kept_or_refused(spec: ModelSpec) -> bool:
+    return bool(refusals(spec)) or read(spec, written(spec, spec.vocab_size, tp=1)) == spec
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelSpec)])
+def test_no_property_is_lost(field: str) -> None:
+    """Whatever a spec says is in the Namespace, or the spec is refused, or a sentence tells what becomes of it."""
+    assert OTHER[field] != getattr(SMALL, field)
+    spec = SMALL.replace(**{field: OTHER[field]} | ({"moe": None} if field == "num_layers" else {}))
+    if field in ("dense_bias", "mlp_bias"):
+        assert "zeros" in limits(spec)[0]
+    elif field not in ("alibi_scaled", "window_layers", "mla"):  # nothing alone: see below
+        assert kept_or_refused(spec)
+
+
+def test_no_property_is_lost_together() -> None:
+    assert kept_or_refused(SMALL.replace(sliding_window=5, window_layers=(1, 0, 0, 0)))
+    assert refusals(SMALL.replace(alibi=True, alibi_scaled=True))
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(MoE)])
+def test_no_property_of_experts_is_lost(field: str) -> None:
+    names = ("num_groups", "topk_groups", "group_score") if field in ("num_groups", "topk_groups") else (field,)
+    for base in (V3_MOE, MoE(8, 2, 8, (1, 0, 1, 0))):
+        assert kept_or_refused(SMALL.replace(moe=dataclasses.replace(base, **{n: MOE_OTHER[n] for n in names})))
+    assert MOE_OTHER[field] != getattr(V3_MOE, field)
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(MLA)])
+def test_no_property_of_latent_attention_is_lost(field: str) -> None:
+    assert MLA_MODEL.mla is not None
+    spec = MLA_MODEL.replace(mla=dataclasses.replace(MLA_MODEL.mla, **{field: MLA_OTHER[field]}))
+    assert kept_or_refused(spec)
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Rope)])
+def test_no_property_of_rope_is_lost(field: str) -> None:
+    rope = Rope(kind="linear", scaling={"factor": 2.0}) if field == "scaling" else Rope()
+    scaling = {"factor": 2.0} if field == "kind" else rope.scaling
+    rope = dataclasses.replace(rope, **{"scaling": scaling, field: ROPE_OTHER[field]})
+    for model in (SMALL, MLA_MODEL):
+        changed = dataclasses.replace(rope, interleaved=True) if model.mla else rope
+        assert kept_or_refused(model.replace(rope=changed))

@@ -112,12 +112,19 @@ def test_the_target_has_the_sizes_of_the_source_by_default(kept: Made, tmp_path:
 def test_two_numbers_are_a_stage_or_an_expert_rank_as_the_args_say(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Read as expert ranks, the second stage of this dense model makes no sense: that is seen, not guessed around."""
     source = made("llama2", 1, 2)
     assert convert(source, tmp_path / "stages") == 0
     for path in ranks(source):
         edit(path, arguments(pipeline_model_parallel_size=1, expert_model_parallel_size=2))
-    assert convert(source, tmp_path / "experts") == 3
-    assert "expert parallel ranks (mp_rank_00_000) are not supported" in capsys.readouterr().err
+    assert convert(source, tmp_path / "experts") == 6
+    assert "ep 2: this model has no experts" in capsys.readouterr().err
+    for path in ranks(source):
+        edit(path, arguments(pipeline_model_parallel_size=2, expert_model_parallel_size=2))
+    assert convert(source, tmp_path / "both") == 3
+    said = capsys.readouterr().err
+    assert "say 2 pipeline stages and expert parallel size 2, but its directory has one number for both" in said
+    assert not (tmp_path / "experts").exists()
 
 
 def add_what_a_trainer_adds(root: dict[str, Any]) -> None:
@@ -406,10 +413,11 @@ NORM = "decoder.layers.1.input_layernorm.weight"
 #: What happens to the last rank's file of a tp 2 pp 2 checkpoint, and what is said.
 DAMAGED: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "replica differs": (
-        set_tensor(NORM, 5, 9.0), ("mp_rank_01_001", f"{NORM} differs from rank 0", "every rank must hold the same")
+        set_tensor(NORM, 5, 9.0),
+        (f"mp_rank_01_001/{FILE}: {NORM} differs from that in mp_rank_00_001", "both ranks must hold the same"),
     ),
     "replicas of the final norm differ": (
-        set_tensor("decoder.final_layernorm.weight", 0, 9.0), ("decoder.final_layernorm.weight differs from rank 0",)
+        set_tensor("decoder.final_layernorm.weight", 0, 9.0), ("decoder.final_layernorm.weight differs from that in",)
     ),
     "unknown tensor": (
         model(lambda m: m.update({"decoder.layers.1.mlp.extra.weight": torch.ones(2)})),
@@ -426,17 +434,19 @@ DAMAGED: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "no model": (lambda root: root.pop("model"), ("has no 'model'",)),
     "virtual stages": (lambda root: root.update(model0=root.pop("model")), ("model0", "virtual pipeline")),
     "experts": (
-        rename(FC2, "decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight"), ("mixture-of-experts",)
+        rename(FC2, "decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight"),
+        (f"lacks {FC2}", "Did you mean 'decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight'?"),
     ),
     "hybrid": (rename("decoder.final_layernorm.weight", "decoder.final_norm.weight"), ("HybridModel",)),
     "mamba": (rename(QKV, "decoder.layers.1.mixer.in_proj.weight"), ("Mamba",)),
     "legacy": (
         lambda root: root.update(model={"language_model": {"embedding": root["model"]}}), ("legacy", "megatron-core")
     ),
-    "mla": (rename(QKV, "decoder.layers.1.self_attention.linear_kv_up_proj.weight"), ("multi-latent",)),
-    "bert": (rename(QKV, "encoder.layers.1.self_attention.linear_qkv.weight"), ("BERT or T5",)),
+    "mla": (rename(QKV, "decoder.layers.1.self_attention.linear_kv_up_proj.weight"), (f"lacks {QKV}",)),
+    "t5": (rename(QKV, "decoder.layers.1.cross_attention.linear_kv.weight"), ("a T5 checkpoint",)),
     "mtp": (
-        model(lambda m: m.update({"mtp.layers.0.enorm.weight": torch.ones(48)})), ("multi-token prediction",)
+        model(lambda m: m.update({"mtp.layers.0.enorm.weight": torch.ones(48)})),
+        ("holds mtp.layers.0.enorm.weight", "They would be lost"),
     ),
 }  # fmt: skip
 
@@ -459,7 +469,7 @@ def test_a_tied_copy_that_differs(made: Made, tmp_path: Path, capsys: pytest.Cap
     assert convert(source, tmp_path / "out") == 3
     said = capsys.readouterr().err
     assert "mp_rank_01_001" in said
-    assert "output_layer.weight differs from the embedding" in said
+    assert "output_layer.weight differs from embedding.word_embeddings.weight on stage 0" in said
 
 
 def test_a_sharded_tensor_may_differ_over_ranks(made: Made, tmp_path: Path) -> None:
@@ -475,18 +485,24 @@ def test_a_sharded_tensor_may_differ_over_ranks(made: Made, tmp_path: Path) -> N
     ("change", "messages"),
     [
         (lambda root: root.pop("args"), ("mp_rank_00_000", "has no args", "sizes of the model are unknown")),
-        (arguments(num_experts=8), ("num_experts=8: mixture of experts",)),
-        (arguments(multi_latent_attention=True), ("multi-latent attention",)),
-        (arguments(qk_layernorm=True), ("norms on queries and keys",)),
-        (arguments(swiglu=False), ("GELU",)),
-        (arguments(position_embedding_type="learned_absolute", use_rotary_position_embeddings=False), ("only rope",)),
+        (arguments(num_experts=8), ("lacks decoder.layers.{0..1}.mlp.router.weight",)),
+        (arguments(multi_latent_attention=True, qk_layernorm=True),
+         ("lacks decoder.layers.{0..1}.self_attention.linear_q_proj.weight",)),
+        (arguments(multi_latent_attention=True), ("qk_layernorm=False: multi-latent attention without norms",)),
+        (arguments(qk_layernorm=True), ("lacks decoder.layers.{0..1}.self_attention.q_layernorm.weight",)),
+        (arguments(mtp_num_layers=1), ("mp_rank_00_001", "lacks embedding.word_embeddings.weight, mtp.layers.0.enorm")),
+        (arguments(expert_model_parallel_size=2), ("one number for both",)),
+        (arguments(swiglu=False), ("mlp.linear_fc1.weight is [88, 48], expected [44, 48] from the args",)),
+        (arguments(position_embedding_type="learned_absolute", use_rotary_position_embeddings=False),
+         ("lacks embedding.position_embeddings.weight",)),
         (arguments(hidden_size="48"), ("args.hidden_size is '48', expected a whole number",)),
         (lambda root: vars(root["args"]).pop("num_attention_heads"), ("args has no num_attention_heads",)),
         (arguments(tensor_model_parallel_size=4), ("tensor_model_parallel_size 4", "there are 2 such ranks")),
         (arguments(pipeline_model_parallel_size=4), ("_002", "of 2 x 4 ranks")),
         (arguments(num_layers=6, encoder_num_layers=6), ("lacks decoder.layers.2", "6 layers on 2 stages")),
         (arguments(ffn_hidden_size=96), ("is [88, 48], expected [96, 48]",)),
-        (arguments(untie_embeddings_and_output_weights=False), ("output_layer.weight differs from the embedding",)),
+        (arguments(untie_embeddings_and_output_weights=False),
+         ("output_layer.weight differs from embedding.word_embeddings.weight on stage 0", "untie_embeddings")),
     ],
 )
 def test_args_that_do_not_fit(

@@ -1,11 +1,13 @@
 """The oracle for mp_rank files: NVIDIA's GPTModel (megatron-core 0.16.1) loads them strictly and runs them on CPU.
 
 Nothing of ckptconv is imported. The model is configured from the config.json of the Hugging Face source by the rules
-written out below, so neither ckptconv's tables nor the `args` in the files can excuse a wrong tensor.
+written out in settings.py and settings_*.py, so neither ckptconv's tables nor the `args` in the files can excuse a
+wrong tensor.
 
 `run` starts this file as a script in a process of its own: megatron-core is imported once and patched for CPU there,
 and every rank of every layout is a fork of that process (gloo, pipeline hops by send and recv). Only the local layer
-spec exists without Transformer Engine.
+spec exists without Transformer Engine, and of experts only SequentialMLP. A model with MTP layers gives their logits,
+too, which the library itself only turns into a loss. Legacy GroupedMLP is the real class with its kernel replaced.
 
 Facts: megatron-core 0.16.1 `models/gpt/gpt_model.py`, `transformer/transformer_config.py`, `transformer/utils.py`.
 Shape legend: b batch, s tokens, h hidden, v vocabulary, a query heads, g query groups, d head dim, f ffn.
@@ -14,17 +16,22 @@ Shape legend: b batch, s tokens, h hidden, v vocabulary, a query heads, g query 
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import json
 import os
 import subprocess
 import sys
+import types
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import settings
 
 Config = dict[str, Any]
 State = dict[str, torch.Tensor]
@@ -42,58 +49,31 @@ class Case:
     ids: dict[str, list[list[int]]]
     divisor: int = 128  # the vocabulary is padded to a multiple of divisor * tp
     damage: str = ""
+    ep: int = 1
+    grouped: str = ""  # where a model of random weights with legacy GroupedMLP is saved, which is run instead
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """tp, pp, ep."""
+        return self.tp, self.pp, self.ep
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Logits [b, s, v] by the names of `ids`, or what went wrong."""
+    """Logits [b, s, v] by the names of `ids` (those of MTP layer N: `NAME mtp N`), or what went wrong."""
 
     logits: dict[str, torch.Tensor]
     error: str = ""
 
 
 def transformer_settings(c: Config) -> dict[str, Any]:
-    """TransformerConfig fields that a Llama, Mistral or Qwen2 config.json stands for."""
-    heads = c["num_attention_heads"]
-    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
-    return {
-        "num_layers": c["num_hidden_layers"],
-        "hidden_size": c["hidden_size"],
-        "ffn_hidden_size": c["intermediate_size"],
-        "num_attention_heads": heads,
-        "num_query_groups": c.get("num_key_value_heads", heads),
-        "kv_channels": c.get("head_dim", c["hidden_size"] // heads),
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": c["rms_norm_eps"],
-        "gated_linear_unit": True,
-        # All linears or none: one kind of bias in the source makes the others zeros.
-        "add_bias_linear": bool(c.get("attention_bias") or c.get("mlp_bias")),
-        "add_qkv_bias": c["model_type"] == "qwen2",
-        # (left, right) keys beside the query itself; Hugging Face counts the query too.
-        "window_size": None if window is None else (window - 1, 0),
-    }
+    """TransformerConfig fields that a config.json stands for."""
+    return settings.of(c).transformer_settings(c)
 
 
 def model_settings(c: Config) -> dict[str, Any]:
     """GPTModel arguments that a config.json stands for."""
-    rope = c.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type")
-    settings = {
-        "max_sequence_length": c["max_position_embeddings"],
-        "share_embeddings_and_output_weights": c["tie_word_embeddings"],
-        "position_embedding_type": "rope",
-        "rotary_base": c.get("rope_theta", 10000.0),
-    }
-    if kind == "llama3":
-        # The other three numbers are constants in megatron-core.
-        fixed = (rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"])
-        assert fixed == (8192, 1, 4), f"megatron-core cannot express llama3 rope scaling {fixed}"
-        settings |= {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    elif kind == "linear":
-        settings |= {"seq_len_interpolation_factor": rope["factor"]}
-    else:
-        assert kind is None, f"no settings for rope scaling {kind}"
-    return settings
+    return settings.of(c).model_settings(c)
 
 
 def padded(vocab_size: int, divisor: int, tp: int) -> int:
@@ -173,7 +153,7 @@ def run(cases: dict[str, Case], work: Path, timeout: float = 300) -> dict[str, O
             [sys.executable, __file__, str(work)], stdout=stream, stderr=stream, env=env, timeout=timeout, check=False
         )
     outcomes: dict[str, Outcome] = {}
-    for file in sorted(work.glob("tp*pp*.pt")):
+    for file in sorted(work.glob("tp*.pt")):
         for key, (logits, error) in torch.load(file, weights_only=True).items():
             outcomes[key] = Outcome(logits, error)
     lost = Outcome({}, "the oracle gave no result:\n" + log.read_text()[-2000:])
@@ -195,57 +175,98 @@ class _OnCpu(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Stream:
+    """Stands where a CUDA stream is made but never used."""
+
+
 def _prepare() -> None:
-    """Import megatron-core and replace its two questions to the CUDA runtime."""
+    """Import megatron-core, replace its questions to the CUDA runtime, and mend what is wrong in it without a GPU."""
     torch.set_num_threads(1)
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+    torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs  # noqa: F401
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.moe import grouped_gemm_util, moe_utils
 
     # Dropout is 0 everywhere, so there is no random state to keep.
     CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
+    # The kernel of GroupedMLP is for GPUs.
+    grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
+    grouped_gemm_util.ops = types.SimpleNamespace(gmm=_gmm)
+    # Names that are only bound where Transformer Engine is installed.
+    moe_utils.te_general_gemm = None
+    multi_latent_attention.HAVE_TE = False
+    # Multi-latent attention tells the core attention its widths, which only Transformer Engine's understands.
+    make = DotProductAttention.__init__
+
+    def init(self: Any, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if v_channels:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    DotProductAttention.__init__ = init
 
 
 def _model(c: Config, case: Case, first: bool, last: bool) -> torch.nn.Module:
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    settings = TransformerConfig(
-        **transformer_settings(c),
-        activation_func=torch.nn.functional.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        masked_softmax_fusion=False,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
-        tensor_model_parallel_size=case.tp,
-        pipeline_model_parallel_size=case.pp,
-    )
-    model: torch.nn.Module = GPTModel(
-        settings,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+    ours = settings.of(c)
+    said = ours.transformer_settings(c)
+    kind = MLATransformerConfig if said.get("multi_latent_attention") else TransformerConfig
+    fixed = {
+        "activation_func": torch.nn.functional.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "masked_softmax_fusion": False,
+        "moe_token_dispatcher_type": "allgather",  # the other one needs streams
+        "moe_router_load_balancing_type": "none",  # of training
+        "moe_aux_loss_coeff": 0.0,
+        "params_dtype": torch.float32,
+        "pipeline_dtype": torch.float32,
+        "tensor_model_parallel_size": case.tp,
+        "pipeline_model_parallel_size": case.pp,
+        "expert_model_parallel_size": case.ep,
+        "expert_tensor_parallel_size": case.tp,  # as the rank files have it
+        "moe_grouped_gemm": bool(case.grouped),
+    }
+    config = kind(**{**fixed, **said})
+    for name, value in ours.attributes(c).items():
+        setattr(config, name, value)
+    layers = ours.layer_spec(c, config)
+    mtp = {}
+    if config.mtp_num_layers:
+        mtp["mtp_block_spec"] = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False)
+    model: torch.nn.Module = ours.model(
+        c,
+        config,
+        layers,
         vocab_size=padded(c["vocab_size"], case.divisor, case.tp),
         pre_process=first,
         post_process=last,
         parallel_output=False,
-        **model_settings(c),
+        **mtp,
     )
+    ours.after(model, c)
     return model.eval()
 
 
-def _rank_file(case: Case, t: int, p: int) -> Path:
+def _rank_file(case: Case, t: int, p: int, e: int) -> Path:
     root = Path(case.checkpoint)
     iteration = int((root / "latest_checkpointed_iteration.txt").read_text())
-    rank = f"mp_rank_{t:02d}" if case.pp == 1 else f"mp_rank_{t:02d}_{p:03d}"
+    rank = f"mp_rank_{t:02d}" + (f"_{p:03d}" if case.pp > 1 else "") + (f"_{e:03d}" if case.ep > 1 else "")
     return root / f"iter_{iteration:07d}" / rank / "model_optim_rng.pt"
 
 
-def _read(case: Case, t: int, p: int) -> tuple[State, Config]:
+def _read(case: Case, t: int, p: int, e: int) -> tuple[State, Config]:
     """Tensors of the file of one rank and the source's config.json, damaged if the case says so."""
     c = json.loads((Path(case.hf) / "config.json").read_text())
-    model = torch.load(_rank_file(case, t, p), map_location="cpu", weights_only=False)["model"]
+    if (layers := Path(case.checkpoint) / "ckptconv_layers.json").is_file():
+        c["custom_layers"] = str(layers)
+    model = torch.load(_rank_file(case, t, p, e), map_location="cpu", weights_only=False)["model"]
     state: State = {key: value for key, value in model.items() if not key.endswith(EXTRA)}
     if case.damage:
         DAMAGE[case.damage](state, c)
@@ -255,6 +276,8 @@ def _read(case: Case, t: int, p: int) -> tuple[State, Config]:
 def _fill(model: torch.nn.Module, state: State) -> None:
     """Put the tensors into the model. Raises ValueError if a key, a shape or a dtype differs."""
     want = {key: value for key, value in model.state_dict().items() if not key.endswith(EXTRA)}
+    # megatron-core 0.17 renamed the layer inside an MTP layer; files have its name unless told otherwise.
+    state = {key.replace(".mtp_model_layer.", ".transformer_layer."): value for key, value in state.items()}
     problems = [f"missing {key}" for key in sorted(want.keys() - state.keys())]
     problems += [f"unexpected {key}" for key in sorted(state.keys() - want.keys())]
     for key in sorted(want.keys() & state.keys()):
@@ -266,19 +289,72 @@ def _fill(model: torch.nn.Module, state: State) -> None:
     model.load_state_dict(state, strict=True)
 
 
-def _forward(model: Any, ids: torch.Tensor, case: Case, rank: int) -> torch.Tensor:
-    """Logits [b, s, v] on the last stage; on the others the hidden state [s, b, h] that was sent on."""
-    p = rank // case.tp
+def _save(model: torch.nn.Module, case: Case, t: int, p: int, e: int) -> None:
+    """Give a model with GroupedMLP random weights and save it as Megatron does, with the args of `checkpoint`."""
+    for module in model.modules():
+        if type(module).__name__ == "GroupedMLP":  # it asserts bf16, but computes in what it is given
+            module.config = copy.copy(module.config)
+            module.config.bf16 = True
+    for name, value in model.named_parameters():
+        mine = (t, e) if ".experts." in name else (t,) if getattr(value, "tensor_model_parallel", False) else ()
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {p} {mine}".encode()))
+        noise = torch.randn(value.shape, generator=generator)
+        value.data.copy_(noise / value.shape[1] ** 0.5 if value.dim() == 2 else 1 + 0.2 * noise)
+    source = _rank_file(case, t, p, e)
+    args = copy.copy(torch.load(source, map_location="cpu", weights_only=False)["args"])
+    args.moe_grouped_gemm = True
+    target = Path(case.grouped) / source.relative_to(case.checkpoint)
+    target.parent.mkdir(parents=True)
+    torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 1, "model": model.state_dict()}, target)
+    (Path(case.grouped) / "latest_checkpointed_iteration.txt").write_text("1")
+
+
+def _gmm(rows: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor, trans_b: bool = False) -> torch.Tensor:
+    """What `grouped_gemm.ops.gmm` computes: every expert's rows [n, i] times its weight [i, o]."""
+    parts = rows.split(counts.tolist())
+    return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
+
+
+def _forward(model: Any, c: Config, ids: torch.Tensor, case: Case, rank: int) -> dict[str, torch.Tensor]:
+    """Logits [b, s, v] on the last stage, by "" or " mtp N"; on the others a hidden state [s, b, h] is sent on."""
+    stride = case.tp * case.ep
+    p = rank // stride
     b, s = ids.shape
     if p > 0:
         hidden = torch.empty(s, b, model.config.hidden_size)
-        torch.distributed.recv(hidden, rank - case.tp)
+        torch.distributed.recv(hidden, rank - stride)
         model.set_input_tensor(hidden)
-    with torch.no_grad():
-        out: torch.Tensor = model(ids, torch.arange(s).expand(b, s), None)
+    further: dict[str, torch.Tensor] = {}
+    with torch.no_grad(), _mtp_logits(model, further):
+        out: dict[str, torch.Tensor] = settings.of(c).run(model, ids)
     if p < case.pp - 1:
-        torch.distributed.send(out.contiguous(), rank + case.tp)
-    return out
+        torch.distributed.send(out[""].contiguous(), rank + stride)
+    return {**out, **further}
+
+
+@contextlib.contextmanager
+def _mtp_logits(model: Any, out: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Put the logits of MTP layers into `out`, and go on as without these layers: the model wants labels for them."""
+    mtp = getattr(model, "mtp", None)
+    if mtp is None:
+        yield
+        return
+    count = model.config.mtp_num_layers
+    tied = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+
+    def hook(module: Any, args: Any, hidden: torch.Tensor) -> torch.Tensor:
+        first, *others = hidden.chunk(1 + count, dim=0)
+        for n, one in enumerate(others):
+            out[f" mtp {n}"] = model.output_layer(one, weight=tied)[0].transpose(0, 1)
+        model.config.mtp_num_layers = None
+        return first
+
+    handle = mtp.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+        model.config.mtp_num_layers = count
 
 
 def _together(step: Callable[[], Any], where: str) -> tuple[Any, str]:
@@ -295,41 +371,53 @@ def _together(step: Callable[[], Any], where: str) -> tuple[Any, str]:
 
 def _outcome(case: Case, rank: int) -> tuple[dict[str, torch.Tensor], str]:
     """One case on one rank."""
-    t, p = rank % case.tp, rank // case.tp
-    where = f"tp rank {t}, pp rank {p}"
-    read, error = _together(lambda: _read(case, t, p), where)
+    t, e, p = rank % case.tp, rank // case.tp % case.ep, rank // (case.tp * case.ep)
+    where = f"tp rank {t}, pp rank {p}, ep rank {e}"
+    read, error = _together(lambda: _read(case, t, p, e), where)
     if error:
         return {}, error
     state, c = read
-    model = _model(c, case, first=p == 0, last=p == case.pp - 1)
-    _, error = _together(lambda: _fill(model, state), where)
+    model, error = _together(lambda: _model(c, case, first=p == 0, last=p == case.pp - 1), where)
     if error:
         return {}, error
-    return {name: _forward(model, torch.tensor(ids), case, rank) for name, ids in case.ids.items()}, ""
+    _, error = _together(lambda: _save(model, case, t, p, e) if case.grouped else _fill(model, state), where)
+    if error:
+        return {}, error
+    logits: dict[str, torch.Tensor] = {}
+    for name, ids in case.ids.items():
+        logits |= {name + kind: out for kind, out in _forward(model, c, torch.tensor(ids), case, rank).items()}
+    return logits, ""
 
 
-def _rank(rank: int, cases: dict[str, Case], tp: int, pp: int, work: Path) -> None:
-    """All cases of one layout on one rank. The first rank of the last stage writes the outcomes."""
+def _rank(rank: int, cases: dict[str, Case], tp: int, pp: int, ep: int, work: Path) -> None:
+    """All cases of one layout on one rank. The first rank of the last stage writes the outcomes.
+
+    Expert ranks are data-parallel ranks with the same input.
+    """
     from megatron.core import parallel_state
     from torch import distributed
 
-    meeting = f"file://{work}/meeting-tp{tp}pp{pp}"
+    name = f"tp{tp}pp{pp}ep{ep}"
     wait = datetime.timedelta(seconds=120)
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=tp * pp, timeout=wait)
-    parallel_state.initialize_model_parallel(tp, pp)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{work}/meeting-{name}", rank=rank, world_size=tp * pp * ep, timeout=wait
+    )
+    parallel_state.initialize_model_parallel(
+        tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=tp
+    )
     outcomes = {}
     with _OnCpu():
         for key, case in cases.items():
             outcomes[key] = _outcome(case, rank)
-    if rank == tp * (pp - 1):
-        torch.save(outcomes, work / f"tp{tp}pp{pp}.pt")
+    if rank == tp * ep * (pp - 1):
+        torch.save(outcomes, work / f"{name}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def _layouts(cases: dict[str, Case]) -> Iterator[tuple[int, int, dict[str, Case]]]:
-    for tp, pp in sorted({(case.tp, case.pp) for case in cases.values()}):
-        yield tp, pp, {key: case for key, case in cases.items() if (case.tp, case.pp) == (tp, pp)}
+def _layouts(cases: dict[str, Case]) -> Iterator[tuple[tuple[int, int, int], dict[str, Case]]]:
+    for layout in sorted({case.layout for case in cases.values()}):
+        yield layout, {key: case for key, case in cases.items() if case.layout == layout}
 
 
 def main(work: Path) -> None:
@@ -337,13 +425,13 @@ def main(work: Path) -> None:
 
     cases = {key: Case(**fields) for key, fields in json.loads((work / "cases.json").read_text()).items()}
     _prepare()
-    for tp, pp, some in _layouts(cases):
+    for (tp, pp, ep), some in _layouts(cases):
         try:
             # Forks share the imports; nothing here has started a thread yet.
             start: Any = multiprocessing.start_processes  # type: ignore[attr-defined]
-            start(_rank, (some, tp, pp, work), tp * pp, start_method="fork")
+            start(_rank, (some, tp, pp, ep, work), tp * pp * ep, start_method="fork")
         except Exception as e:  # a rank died in the forward pass: the next layout can still run
-            print(f"tp {tp} pp {pp}: {e}", file=sys.stderr, flush=True)
+            print(f"tp {tp} pp {pp} ep {ep}: {e}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@
 
 jobs.json: a list of {name, argv, lenient, world} (world: the number of ranks to believe in). Each job goes through
 parse_args, load_args_from_checkpoint (when argv has --use-checkpoint-args), validate_args and
-core_transformer_config_from_args, then through the stock GPT builder with a GPTModel that only records what it is
-given. The last job may add {ids, logits}: then the real GPTModel is built, loads the checkpoint of --load strictly, and
-saves its logits [b, s, v] there. results.json: per name {config, args, model} or {error}.
+core_transformer_config_from_args, then (unless bert) through the stock GPT builder with a GPTModel that only records
+what it is given. code: {attribute of args: Python expression}, set before the config is made, as a user's copy of
+pretrain_gpt.py would. The last job may add {ids, logits}: then the real GPTModel is built, loads the checkpoint of
+--load strictly, and saves its logits [b, s, v] there; layers: a folder with ckptconv_layers.py to import from; builder:
+whether the builder is that module's. results.json: per name {config, args, model} or {error}.
 
 Only device queries, absent packages and `megatron/training/__init__.py` (which starts the whole trainer) are replaced;
 no argument code is. Reference: Megatron-LM core_v0.12.0 to core_v0.19.0.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import io
@@ -32,6 +35,8 @@ from typing import Any
 
 import torch
 import typing_extensions
+
+from mcore import _OnCpu
 
 #: Package that may be absent -> modules to stand in for: itself, or those that import it unasked.
 ABSENT = {
@@ -92,7 +97,7 @@ def training() -> tuple[Any, Any]:
             importlib.import_module("megatron.training.checkpointing"))  # fmt: skip
 
 
-def resolve(argv: list[str], lenient: bool) -> tuple[argparse.Namespace, Any]:
+def resolve(argv: list[str], lenient: bool, code: dict[str, str]) -> tuple[argparse.Namespace, Any]:
     """The Namespace and TransformerConfig the trainer would work with. lenient: unknown flags are ignored."""
     arguments, checkpointing = training_modules
     sys.argv = ["pretrain_gpt.py", *argv]
@@ -100,6 +105,9 @@ def resolve(argv: list[str], lenient: bool) -> tuple[argparse.Namespace, Any]:
     if args.use_checkpoint_args:
         checkpointing.load_args_from_checkpoint(args)
     arguments.validate_args(args)
+    known = {"torch": torch, "functools": functools, "megatron": sys.modules["megatron"]}
+    for name, expression in code.items():
+        setattr(args, name, eval(expression, known))
     return args, arguments.core_transformer_config_from_args(args)
 
 
@@ -121,6 +129,9 @@ def build(args: argparse.Namespace, config: Any) -> dict[str, object] | None:
         )  # --use-legacy-models
     sys.path.insert(0, str(checkout))
     builders: Any = importlib.import_module("gpt_builders")
+    state: Any = importlib.import_module("megatron.core.parallel_state")
+    state.set_pipeline_model_parallel_rank(0)
+    state.set_pipeline_model_parallel_world_size(args.pipeline_model_parallel_size)
     sys.modules["megatron.training.global_vars"].__dict__["_GLOBAL_ARGS"] = args
     given: dict[str, object] = {}
     real, builders.GPTModel = builders.GPTModel, lambda **kwargs: given.update(kwargs)
@@ -142,8 +153,8 @@ class NoTracker:
         return True
 
 
-def forward(args: argparse.Namespace, config: Any, ids: list[list[int]]) -> torch.Tensor:
-    """Logits [b, s, v] of the model that gpt_builders builds, loaded strictly from --load; one rank, float32."""
+def forward(args: argparse.Namespace, config: Any, ids: list[list[int]], builder: str) -> torch.Tensor:
+    """Logits [b, s, v] of what gpt_builder of `builder` makes, loaded strictly from --load; one rank, float32."""
     distributed: Any = torch.distributed
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     importlib.import_module("megatron.core.parallel_state").initialize_model_parallel(1, 1)
@@ -152,14 +163,14 @@ def forward(args: argparse.Namespace, config: Any, ids: list[list[int]]) -> torc
         if name.startswith("megatron.core") and hasattr(module, "get_cuda_rng_tracker"):
             module.__dict__["get_cuda_rng_tracker"] = lambda *args, **kwargs: tracker
     mask = torch.triu(torch.ones(1, 1, len(ids[0]), len(ids[0]), dtype=torch.bool), 1)
-    model: Any = importlib.import_module("gpt_builders").gpt_builder(args, True, True, config=config).float().eval()
+    model: Any = importlib.import_module(builder).gpt_builder(args, True, True, config=config).float().eval()
     saved = torch.load(Path(args.load, "release/mp_rank_00/model_optim_rng.pt"), weights_only=False)["model"]
     kept = model.load_state_dict(saved, strict=False)
     missing = [key for key in kept.missing_keys if not key.endswith("_extra_state")]
     if missing or kept.unexpected_keys:
         raise ValueError(f"missing {missing}, unexpected {kept.unexpected_keys}")
     tokens = torch.tensor(ids)
-    with torch.no_grad():
+    with torch.no_grad(), _OnCpu():  # windows ask for a mask on "cuda"
         found: torch.Tensor = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), mask)
     return found
 
@@ -181,15 +192,19 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """One job: {config, args, model} or {error}."""
     said = io.StringIO()
     os.environ["WORLD_SIZE"] = str(job["world"])
+    if "layers" in job:
+        sys.path.insert(0, job["layers"])
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            args, config = resolve(job["argv"], job["lenient"])
-            model = build(args, config)
+            args, config = resolve(job["argv"], job["lenient"], job.get("code", {}))
+            model = None if job.get("bert") else build(args, config)
             if "ids" in job:
-                torch.save(forward(args, config, job["ids"]), job["logits"])
+                builder = "ckptconv_layers" if job.get("builder") else "gpt_builders"
+                torch.save(forward(args, config, job["ids"], builder), job["logits"])
     except (Exception, SystemExit):  # reported by name; the other jobs go on
         return {"error": said.getvalue()[-2000:] + traceback.format_exc()[-3000:]}
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fields |= {name: value for name, value in vars(config).items() if name.startswith("yarn_")}  # not declared
     return {"config": plain(fields), "args": plain(vars(args)), "model": None if model is None else plain(model)}
 
 

@@ -10,6 +10,7 @@ import struct
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ckptconv import dtypes
@@ -18,11 +19,23 @@ from ckptconv.containers.plan import Slot, by_name
 from ckptconv.errors import TableError
 
 
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """An object of a class that only the reader has: the class called with nothing, then given its `state`; or, with
+    `args`, what calling the class or function with them gives.
+    """
+
+    module: str
+    name: str
+    state: object = None
+    args: tuple[object, ...] | None = None
+
+
 def dumps(root: object) -> tuple[bytes, list[Slot]]:
     """The pickle of `root`, and its slots: slot number k is the storage called str(k).
 
-    Takes dict, OrderedDict, list, tuple, str, int, float, bool, None, Namespace, Slot and DTypeName. Raises TableError
-    for anything else, with its place.
+    Takes dict, OrderedDict, list, tuple, str, int, float, bool, None, Namespace, Slot, DTypeName and Instance. Raises
+    TableError for anything else, with its place.
     """
     emitter = _Emitter()
     emitter.emit(root, "root")
@@ -57,6 +70,16 @@ class _Emitter:
             self.out.append(b")\x81")
             self.entries(vars(value), where)
             self.out.append(b"b")
+        elif isinstance(value, Instance):
+            self.named(value.module, value.name)
+            if value.args is None:
+                self.out.append(b")\x81")
+            else:
+                self.emit(value.args, where)
+                self.out.append(b"R")
+            if value.state is not None:
+                self.emit(value.state, where)
+                self.out.append(b"b")
         elif isinstance(value, (list, tuple)):
             self.out.append(b"(" if isinstance(value, tuple) else b"](")
             for index, item in enumerate(value):

@@ -17,13 +17,17 @@ from ckptconv.errors import TableError
 Write = Callable[[int, bytes], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor that will be written: its name in the file, its element type (torch's name) and its shape."""
+    """A tensor that will be written: its name in the file, its element type (torch's name) and its shape.
+
+    `seen`: the shape whose matrix (see lazy.py) rectangles are counted in, where it is not `shape`.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    seen: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:

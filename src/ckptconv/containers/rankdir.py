@@ -19,9 +19,14 @@ FILE = "model_optim_rng.pt"
 _ITERATION = re.compile(r"[0-9]{1,18}|release")
 
 
-def directory_name(tp_rank: int, stage: int, pp: int) -> str:
-    """`mp_rank_01`, or `mp_rank_01_003` with pipeline stages."""
-    return f"mp_rank_{tp_rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
+#: (tp rank, stage, ep rank)
+Rank = tuple[int, int, int]
+
+
+def directory_name(rank: Rank, pp: int, ep: int) -> str:
+    """`mp_rank_01`, `mp_rank_01_003` with pipeline stages, and one number more with expert parallel ranks."""
+    tp_rank, stage, ep_rank = rank
+    return f"mp_rank_{tp_rank:02d}" + (f"_{stage:03d}" if pp > 1 else "") + (f"_{ep_rank:03d}" if ep > 1 else "")
 
 
 def parse_name(name: str) -> tuple[int, ...] | None:
@@ -67,8 +72,8 @@ def find_iteration(top: Path, wanted: int | str | None) -> tuple[Path, int]:
     return directory, max(wanted, 1) if isinstance(wanted, int) else 1
 
 
-def rank_files(directory: Path) -> tuple[dict[tuple[int, int], Path], dict[str, Any]]:
-    """((tp rank, stage) -> file, args of rank 0). Raises SourceError when the ranks are not a full grid."""
+def rank_files(directory: Path) -> tuple[dict[Rank, Path], dict[str, Any]]:
+    """(rank -> file, args of rank 0). Raises SourceError when the ranks are not a full grid."""
     numbers = {}
     for entry in directory.iterdir():
         parsed = parse_name(entry.name)
@@ -87,18 +92,36 @@ def rank_files(directory: Path) -> tuple[dict[tuple[int, int], Path], dict[str, 
         raise SourceError(f"{missing[0]}: missing. {len(missing)} of {len(numbers)} ranks have no {FILE}.")
     first = numbers[min(numbers)]
     arguments = _arguments(first)
-    if 3 in lengths or (2 in lengths and arguments.get("expert_model_parallel_size", 1) not in (None, 1)):
-        raise SourceError(f"{directory}: expert parallel ranks ({first.parent.name}) are not supported yet.")
-    # With two numbers the second is a stage, or an expert rank: only the args tell.
-    ranks = {(n[0], n[1] if len(n) > 1 else 0): path for n, path in numbers.items()}
-    tp, pp = 1 + max(t for t, _ in ranks), 1 + max(p for _, p in ranks)
+    # With two numbers the second is a stage or an expert rank: only the args tell.
+    experts = arguments.get("expert_model_parallel_size")
+    experts = experts if isinstance(experts, int) and not isinstance(experts, bool) and experts > 0 else 1
     stages = arguments.get("pipeline_model_parallel_size")
+    lone = lengths == {2} and experts > 1
+    if lone and isinstance(stages, int) and stages > 1:
+        raise SourceError(
+            f"{first}: its args say {stages} pipeline stages and expert parallel size {experts}, but its directory has "
+            "one number for both. Was it renamed?"
+        )
+    ranks: dict[Rank, Path] = {}
+    for n, path in numbers.items():
+        n = (*n, 0, 0)[:3] if not lone else (n[0], 0, n[1])
+        ranks[n[0], n[1], n[2]] = path
+    tp, pp, ep = (1 + max(rank[axis] for rank in ranks) for axis in range(3))
     if isinstance(stages, int) and not pp <= stages <= 10**4:
         raise SourceError(f"{first}: its args say {stages} pipeline stages, but there are directories of {pp}.")
     pp = stages if isinstance(stages, int) else pp
-    absent = [directory_name(t, p, pp) for p in range(pp) for t in range(tp) if (t, p) not in ranks]
+    if not ep <= experts <= max(ep, 10**4 // pp):
+        raise SourceError(
+            f"{first}: its args say expert parallel size {experts}, but there are directories of {ep} such ranks."
+        )
+    ep = experts
+    absent = [
+        directory_name((t, p, e), pp, ep)
+        for p in range(pp) for t in range(tp) for e in range(ep) if (t, p, e) not in ranks
+    ]  # fmt: skip
     if absent:
-        raise SourceError(f"{directory}: lacks {some(absent)} of {tp} x {pp} ranks. Copy the missing rank directories.")
+        grid = f"{tp} x {pp}" + (f" x {ep}" if ep > 1 else "")
+        raise SourceError(f"{directory}: lacks {some(absent)} of {grid} ranks. Copy the missing rank directories.")
     return dict(sorted(ranks.items())), arguments
 
 

@@ -8,6 +8,7 @@ Source: torch 2.13 `torch/serialization.py` (`_load`, `_is_torchscript_zip`) and
 
 from __future__ import annotations
 
+import io
 import os
 import zlib
 from typing import TYPE_CHECKING
@@ -32,15 +33,19 @@ _ENCRYPTED, _UTF8 = 0x1, 0x800
 _AGAIN = "The file is damaged or incomplete: fetch or copy it again."
 
 
-def read(path: str | os.PathLike[str]) -> object:
+def read(path: str | os.PathLike[str], offset: int = 0, length: int | None = None) -> object:
     """What was saved, with lazy tensors for tensors and `inert` stand-ins for objects of unknown classes.
+
+    offset, length: the archive is this range of the bytes of a larger file.
 
     Raises SourceError naming the path: no torch.save file, damaged or truncated, refers to what no checkpoint needs,
     or holds a tensor with strides that are neither contiguous nor those of a transposed matrix.
     """
     source = opened(path)
-    if source.head.startswith(b"PK\x03\x04"):
-        root, unreadable = _read_zip(source)
+    if length is not None:
+        root, unreadable = _read_zip(source, offset, length)
+    elif source.head.startswith(b"PK\x03\x04"):
+        root, unreadable = _read_zip(source, 0, source.size)
     elif source.head.startswith(b"\x80"):
         root, unreadable = torchlegacy.read(source)
     else:
@@ -54,8 +59,8 @@ def read(path: str | os.PathLike[str]) -> object:
     return root
 
 
-def _read_zip(source: Source) -> tuple[object, list[tuple[Inert, str]]]:
-    archive = _Archive(source)
+def _read_zip(source: Source, begin: int, size: int) -> tuple[object, list[tuple[Inert, str]]]:
+    archive = _Archive(source, begin, size)
     if archive.bytes_of("byteorder", "little") != b"little":
         raise SourceError(f"{source.path}: holds big-endian tensors, only little-endian ones can be read.")
     pickle = archive.bytes_of("data.pkl")
@@ -86,15 +91,44 @@ def _read_zip(source: Source) -> tuple[object, list[tuple[Inert, str]]]:
     return loads(pickle, source.path, storage), unreadable
 
 
+class _Section(io.RawIOBase):
+    """A range of the bytes of a file, as the zip library wants to see it."""
+
+    def __init__(self, path: str, begin: int, size: int) -> None:
+        self._path, self._begin, self._size, self._at = path, begin, max(0, size), 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        at = offset + (0, self._at, self._size)[whence]
+        if at < 0:
+            raise OSError("a seek to before the file")
+        self._at = at
+        return at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        data = read_bytes(self._path, self._begin + self._at, left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+
 class _Archive:
     """The directory of the zip file, and where the bytes of each record begin."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, begin: int, size: int) -> None:
         import zipfile
 
-        self.path, self.size = source.path, source.size
+        self.path, self.begin, self.size = source.path, begin, min(size, source.size - begin)
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with zipfile.ZipFile(_Section(self.path, begin, self.size)) as archive:
                 infos = archive.infolist()
         except Exception as error:  # zipfile raises some ten kinds for damaged directories, struct.error among them
             raise SourceError(
@@ -137,13 +171,14 @@ class _Archive:
                 f"{self.path}: is truncated: the record {info.filename!r} goes to byte {offset + info.file_size}, "
                 f"the file has {self.size}. {_AGAIN}"
             )
-        return offset, info.file_size
+        return self.begin + offset, info.file_size
 
     def _variable_length(self, info: ZipInfo) -> int:
         """Bytes of name and extra field in the local header, whose lengths the directory does not know."""
         name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437", "replace")
         end = info.header_offset + _LOCAL_HEADER + len(name)
-        header = read_bytes(self.path, info.header_offset, end - info.header_offset) if 0 <= end <= self.size else b""
+        at, size = self.begin + info.header_offset, end - info.header_offset
+        header = read_bytes(self.path, at, size) if 0 <= end <= self.size else b""
         if header[:4] != b"PK\x03\x04" or header[_LOCAL_HEADER:] != name or header[26:28] != _u16(len(name)):
             raise SourceError(
                 f"{self.path}: at byte {info.header_offset} there is no local header of {info.filename!r}. {_AGAIN}"

@@ -13,21 +13,21 @@ EMBEDDINGS, LAYER, FINAL, OUTPUT = "embeddings", "transformer layer {i}", "final
 _A, _M = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
 
 ROWS = (
-    Row(EMBEDDINGS, "word embeddings",   ("model.embed_tokens.weight",), COPY),
-    Row(LAYER,      "input norm weight", ("model.layers.{i}.input_layernorm.weight",), COPY),
-    Row(LAYER,      "qkv weight",        (_A + "q_proj.weight", _A + "k_proj.weight", _A + "v_proj.weight"), FUSE_QKV),
-    Row(LAYER,      "qkv bias",          (_A + "q_proj.bias", _A + "k_proj.bias", _A + "v_proj.bias"), FUSE_QKV),
-    Row(LAYER,      "dense weight",      (_A + "o_proj.weight",), COPY),
-    Row(LAYER,      "dense bias",        (_A + "o_proj.bias",), COPY),
-    Row(LAYER,      "post norm weight",  ("model.layers.{i}.post_attention_layernorm.weight",), COPY),
-    Row(LAYER,      "mlp l0 weight W",   (_M + "gate_proj.weight",), COPY),
-    Row(LAYER,      "mlp l0 weight V",   (_M + "up_proj.weight",), COPY),
-    Row(LAYER,      "mlp l0 bias W",     (_M + "gate_proj.bias",), COPY),
-    Row(LAYER,      "mlp l0 bias V",     (_M + "up_proj.bias",), COPY),
-    Row(LAYER,      "mlp l1 weight",     (_M + "down_proj.weight",), COPY),
-    Row(LAYER,      "mlp l1 bias",       (_M + "down_proj.bias",), COPY),
-    Row(FINAL,      "weight",            ("model.norm.weight",), COPY),
-    Row(OUTPUT,     "weight",            ("lm_head.weight",), COPY),
+    Row(EMBEDDINGS, ("word embeddings",),   ("model.embed_tokens.weight",), COPY),
+    Row(LAYER,      ("input norm weight",), ("model.layers.{i}.input_layernorm.weight",), COPY),
+    Row(LAYER,      ("qkv weight",),        tuple(_A + f"{x}_proj.weight" for x in "qkv"), FUSE_QKV),
+    Row(LAYER,      ("qkv bias",),          tuple(_A + f"{x}_proj.bias" for x in "qkv"), FUSE_QKV),
+    Row(LAYER,      ("dense weight",),      (_A + "o_proj.weight",), COPY),
+    Row(LAYER,      ("dense bias",),        (_A + "o_proj.bias",), COPY),
+    Row(LAYER,      ("post norm weight",),  ("model.layers.{i}.post_attention_layernorm.weight",), COPY),
+    Row(LAYER,      ("mlp l0 weight W",),   (_M + "gate_proj.weight",), COPY),
+    Row(LAYER,      ("mlp l0 weight V",),   (_M + "up_proj.weight",), COPY),
+    Row(LAYER,      ("mlp l0 bias W",),     (_M + "gate_proj.bias",), COPY),
+    Row(LAYER,      ("mlp l0 bias V",),     (_M + "up_proj.bias",), COPY),
+    Row(LAYER,      ("mlp l1 weight",),     (_M + "down_proj.weight",), COPY),
+    Row(LAYER,      ("mlp l1 bias",),       (_M + "down_proj.bias",), COPY),
+    Row(FINAL,      ("weight",),            ("model.norm.weight",), COPY),
+    Row(OUTPUT,     ("weight",),            ("lm_head.weight",), COPY),
 )  # fmt: skip
 
 IGNORE = (

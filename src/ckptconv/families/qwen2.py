@@ -9,37 +9,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckptconv.errors import SourceError
+from ckptconv.families import windows
 from ckptconv.families.family import Config, Field, derive
 from ckptconv.families.llama import BASE
 from ckptconv.spec import ModelSpec
 
 
 def _window(config: Config, where: str) -> dict[str, Any]:
-    layers = config["num_hidden_layers"]
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    first = config.get("max_window_layers", 28)
-    kinds = config.get("layer_types")
-    if not isinstance(layers, int) or not isinstance(first, int) or not isinstance(kinds, (list, type(None))):
-        raise SourceError(f"{where}: max_window_layers is {first!r}, layer_types {kinds!r}: expected a number, a list.")
-    if kinds is None and window:
-        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    if not window or not kinds or all(kind == "full_attention" for kind in kinds):
-        return {"sliding_window": None}
-    if any(kind != "sliding_attention" for kind in kinds):
-        raise SourceError(
-            f"{where}: a sliding window on {kinds.count('sliding_attention')} of {layers} layers: windows on some of "
-            "the layers only are not supported yet."
-        )
-    return {"sliding_window": window}
+    layers = windows.count(config, "num_hidden_layers", where)
+    first = windows.count(config, "max_window_layers", where, 28)
+    kinds = [windows.SLIDING if layer >= first else windows.FULL for layer in range(layers)]
+    return windows.read(config, where, window, kinds)
 
 
 def _window_config(spec: ModelSpec) -> Config:
-    windowed = spec.sliding_window is not None
+    kinds = windows.kinds(spec)
+    listed = {"layer_types": kinds} if spec.window_layers else {}
     return {
-        "use_sliding_window": windowed,
+        "use_sliding_window": spec.sliding_window is not None,
         "sliding_window": spec.sliding_window,
-        "max_window_layers": 0 if windowed else spec.num_layers,
+        "max_window_layers": kinds.index(windows.SLIDING) if windows.SLIDING in kinds else spec.num_layers,
+        **listed,
     }
 
 
@@ -55,6 +46,6 @@ QWEN2 = derive(
     ),
     extra=_window,
     extra_config=_window_config,
-    models="Qwen2 and Qwen2.5 dense, tied or not (no window on part of the layers)",
+    models="Qwen2 and Qwen2.5 dense, tied or not, windows on all or some layers included",
     verified="logits of the real megatron-core as above; files written by Megatron-LM; HF round trip bit for bit",
 )

@@ -2,13 +2,14 @@
 
 `ROWS` is the table: a property of a model (a *fact*, in Megatron's sense: `untied`, not `tied`), the attributes that
 carry it, the flag that sets it, the parser's default, and whether `--use-checkpoint-args` restores it. A new kind of
-model is new rows here plus its facts in `_facts` and `_fields`.
+model is new rows here plus its facts in `megatron_facts`; what cannot be said is in `megatron_rules`.
 
 Facts read in Megatron-LM at core_v0.12.0, 0.13.0, 0.14.0, 0.15.0, 0.16.1, 0.17.1, 0.18.0 and 0.19.0:
 `megatron/training/checkpointing.py` (load_args_from_checkpoint, check_checkpoint_args, load_checkpoint),
 `megatron/training/arguments.py`, from 0.18 also `argument_utils.py` and `megatron/training/config`, `gpt_builders.py`,
-`pretrain_gpt.py`, `tools/checkpoint/loader_base.py` and `saver_base.py`. tests/oracle/test_megatron_trainer_args.py
-sends what is written here through Megatron's own parser. No tensors and no files here.
+`pretrain_gpt.py`, `pretrain_bert.py`, `tools/checkpoint/loader_base.py` and `saver_base.py`.
+tests/oracle/test_megatron_trainer_args.py sends what is written here through Megatron's own parser. No tensors and no
+files here.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptconv.errors import SourceError, TargetError
-from ckptconv.spec import ModelSpec, Rope
+from ckptconv.errors import SourceError
+from ckptconv.formats import megatron_facts
+from ckptconv.formats.megatron_facts import COPIED, Facts, linear_bias, position, qkv_bias
+from ckptconv.formats.megatron_rules import UNSUPPORTED, check, limits, refusals, unsupported
+from ckptconv.spec import MLA, ModelSpec
+
+__all__ = ["CONSTANTS", "ROWS", "UNSUPPORTED", "flags", "limits", "linear_bias", "namespace", "position", "qkv_bias",
+           "refusals", "repeated", "spec_of", "unsupported"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,35 @@ def _extent(value: Any) -> Any:
     return left + 1 if left >= 0 else None
 
 
+def _frequency(value: Any) -> Any:
+    if isinstance(value, int):
+        return value
+    if any(item not in (0, 1) for item in value):
+        raise TypeError
+    return tuple(map(int, value))
+
+
+def _function(value: Any) -> Any:
+    """An activation: our word, or the name of the function where code of the user's own put one there."""
+    name = value if isinstance(value, str) else getattr(value, "name", None)
+    if name not in FUNCTIONS:
+        raise TypeError
+    return name
+
+
+#: Functions that a pickled config may refer to; the names are also our words.
+FUNCTIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "squared_relu")
+
 INT = Kind("a whole number", _typed((int,), int))
 REAL = Kind("a number", _typed((int, float), float), float)
+#: A list is one 0 or 1 per layer; n stands for layers 0, n, 2n, ...; torch_dist keys of a list differ, even of ones.
+LAYERS = Kind(
+    "a whole number or a list of 0 and 1",
+    _typed((int, list, tuple), _frequency),
+    lambda layers: list(layers) if isinstance(layers, Sequence) and not all(layers) else 1,
+)
+#: A whole number n or a list of 0 and 1; always written as a list.
+PATTERN = Kind("a whole number or a list of 0 and 1", LAYERS.read, list)
 BOOL = Kind("true or false", _typed((bool, int), bool))
 TEXT = Kind("a string", _typed((str,), str))
 #: argparse has type=int for these, but the model takes a float: whole when it can be.
@@ -55,7 +89,11 @@ WHOLE = Kind("a number", REAL.read, lambda value: int(value) if value == int(val
 #: Megatron's (w - 1, 0) keeps keys with 0 <= i - j <= w - 1; we count the query itself: w. (-1, x) is no window.
 WINDOW = Kind("a window (left, 0)", _extent, lambda window: (window - 1, 0))
 
+FUNCTION = Kind("an activation function", _function)
+
 REQUIRED = object()
+#: The default of an attribute that is only there when it says something: no parser of Megatron's knows it.
+ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -96,7 +134,26 @@ ROWS = (
         False, when="llama3"),
     Row("linear_factor",           ("rotary_seq_len_interpolation_factor",), WHOLE,
         "--rotary-seq-len-interpolation-factor {}", None, False),
+    # YaRN. The first three are shared with multi-latent attention, the others have flags from 0.19 on.
+    Row("yarn_factor",             ("rotary_scaling_factor",),               REAL,   "--rotary-scaling-factor {}", 1.0,
+        False),
+    Row("yarn_mscale",             ("mscale",),                              REAL,   "--mscale {}", 1.0, False),
+    Row("yarn_mscale_all_dim",     ("mscale_all_dim",),                      REAL,   "--mscale-all-dim {}", 0.0, False),
+    Row("yarn_original",           ("yarn_original_max_position_embeddings",), INT,
+        "--yarn-original-max-position-embeddings {}", None, False),
+    Row("yarn_beta_fast",          ("yarn_beta_fast",),                      REAL,   "--yarn-beta-fast {}", None,
+        False),
+    Row("yarn_beta_slow",          ("yarn_beta_slow",),                      REAL,   "--yarn-beta-slow {}", None,
+        False),
+    Row("yarn_round",              ("yarn_correction_range_round_to_int",),  BOOL,
+        "!--no-yarn-correction-range-round-to-int", None, False),
+    Row("no_rope",                 ("no_rope_freq",),                        PATTERN, "--no-rope-freq {}", None, False),
     Row("sliding_window",          ("window_size",),                         WINDOW, "--window-size {}", None, False),
+    Row("window_skip",             ("window_attn_skip_freq",),               PATTERN, "--window-attn-skip-freq {}",
+        None, False),
+    Row("softmax_type",            ("softmax_type",),                        TEXT,   "--softmax-type {}", "vanilla",
+        False),
+    Row("softmax_scale",           ("softmax_scale",),                       REAL,   "", ABSENT, False),
     Row("norm",                    ("normalization",),                       TEXT,   "--normalization {}", "LayerNorm"),
     Row("norm_epsilon",            ("layernorm_epsilon", "norm_epsilon"),    REAL,   "--norm-epsilon {}", 1e-5, False),
     # Restored up to 0.15; from 0.16 the restore list still has the old name, which the model no longer reads.
@@ -105,278 +162,171 @@ ROWS = (
     Row("swiglu",                  ("swiglu",),                              BOOL,   "--swiglu", False),
     Row("squared_relu",            ("squared_relu",),                        BOOL,   "--squared-relu", False),
     Row("quick_geglu",             ("quick_geglu",),                         BOOL,   "--quick-geglu", False, False),
+    Row("activation_func",         ("activation_func",),                     FUNCTION, "", ABSENT, False),
+    Row("gated_linear_unit",       ("gated_linear_unit",),                   BOOL,   "", ABSENT, False),
+    Row("activation_clamp",        ("activation_func_clamp_value",),         REAL,   "--activation-func-clamp-value {}",
+        None, False),
+    Row("gate_offset",             ("glu_linear_offset",),                   REAL,   "--glu-linear-offset {}", 0.0,
+        False),
+    Row("swiglu_fusion",           ("bias_swiglu_fusion",),                  BOOL,   "!--no-bias-swiglu-fusion", True,
+        False),
     Row("linear_bias",             ("add_bias_linear",),                     BOOL,   "!--disable-bias-linear", True),
+    # Without linear biases validate_args switches it off.
+    Row("gelu_fusion",             ("bias_gelu_fusion",),                    BOOL,   "!--no-bias-gelu-fusion", True,
+        False, when="linear_bias"),
     Row("qkv_bias",                ("add_qkv_bias",),                        BOOL,   "--add-qkv-bias", False),
     Row("untied",                  ("untie_embeddings_and_output_weights",), BOOL,
         "--untie-embeddings-and-output-weights", False),
+    Row("qk_norm",                 ("qk_layernorm",),                        BOOL,   "--qk-layernorm", False, False),
+    Row("mtp_layers",              ("mtp_num_layers",),                      INT,    "--mtp-num-layers {}", None,
+        False),
+    Row("num_experts",             ("num_experts",),                         INT,    "--num-experts {}", None),
+    Row("moe_layers",              ("moe_layer_freq",),                      LAYERS, "--moe-layer-freq {}", 1,
+        when="num_experts"),
+    Row("moe_ffn_hidden_size",     ("moe_ffn_hidden_size",),                 INT,    "--moe-ffn-hidden-size {}", None,
+        when="num_experts"),
+    Row("moe_topk",                ("moe_router_topk",),                     INT,    "--moe-router-topk {}", 2,
+        when="num_experts"),
+    Row("moe_pre_softmax",         ("moe_router_pre_softmax",),              BOOL,   "--moe-router-pre-softmax", False,
+        when="num_experts"),
+    # These three are restored from 0.16 on.
+    Row("moe_score",               ("moe_router_score_function",),           TEXT,
+        "--moe-router-score-function {}", "softmax", False, when="num_experts"),
+    Row("moe_score_bias",          ("moe_router_enable_expert_bias",),       BOOL,
+        "--moe-router-enable-expert-bias", False, False, when="num_experts"),
+    Row("moe_scaling",             ("moe_router_topk_scaling_factor",),      REAL,
+        "--moe-router-topk-scaling-factor {}", None, False, when="num_experts"),
+    Row("moe_groups",              ("moe_router_num_groups",),               INT,    "--moe-router-num-groups {}", None,
+        False, when="num_experts"),
+    Row("moe_topk_groups",         ("moe_router_group_topk",),               INT,    "--moe-router-group-topk {}", None,
+        False, when="num_experts"),
+    Row("moe_router_dtype",        ("moe_router_dtype",),                    TEXT,   "--moe-router-dtype {}", None,
+        False, when="num_experts"),
+    Row("moe_shared",              ("moe_shared_expert_intermediate_size",), INT,
+        "--moe-shared-expert-intermediate-size {}", None, when="num_experts"),
+    Row("moe_shared_gate",         ("moe_shared_expert_gate",),              BOOL,   "--moe-shared-expert-gate", False,
+        False, when="num_experts"),
+    Row("moe_grouped_gemm",        ("moe_grouped_gemm",),                    BOOL,   "--moe-grouped-gemm", False,
+        when="num_experts"),
+    # Multi-latent attention; without rope_type the config's default is yarn with factor 40.
+    Row("mla",                     ("multi_latent_attention",),              BOOL,   "--multi-latent-attention", False,
+        False),
+    Row("mla_q_lora",              ("q_lora_rank",),                         INT,    "--q-lora-rank {}", None, False,
+        when="mla"),
+    Row("mla_kv_lora",             ("kv_lora_rank",),                        INT,    "--kv-lora-rank {}", 32, False,
+        when="mla"),
+    Row("mla_qk",                  ("qk_head_dim",),                         INT,    "--qk-head-dim {}", 128, False,
+        when="mla"),
+    Row("mla_rope",                ("qk_pos_emb_head_dim",),                 INT,    "--qk-pos-emb-head-dim {}", 64,
+        False, when="mla"),
+    Row("mla_v",                   ("v_head_dim",),                          INT,    "--v-head-dim {}", 128, False,
+        when="mla"),
+    Row("mla_rope_type",           ("rope_type",),                           TEXT,   "--rope-type {}", None, False,
+        when="mla"),
+    # No release has flags for these three; code that makes its own config may.
+    Row("mla_original",            ("original_max_position_embeddings",),    INT,    "", 4096, False, when="mla"),
+    Row("mla_beta_fast",           ("beta_fast",),                           REAL,   "", 32.0, False, when="mla"),
+    Row("mla_beta_slow",           ("beta_slow",),                           REAL,   "", 1.0, False, when="mla"),
+    Row("rope_fusion",             ("apply_rope_fusion",),                   BOOL,   "!--no-rope-fusion", True, False,
+        when="mla"),
     # Hugging Face checkpoints carry no dropout that mattered in pretraining; Megatron's default would be 0.1.
     Row("hidden_dropout",          ("hidden_dropout",),                      REAL,   "--hidden-dropout {}", 0.1),
     Row("attention_dropout",       ("attention_dropout",),                   REAL,   "--attention-dropout {}", 0.1),
 )  # fmt: skip
 
-#: Facts that are fields of ModelSpec under the same name.
-COPIED = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "seq_length", "max_position_embeddings", "sliding_window", "norm", "norm_epsilon", "norm_offset",
-)  # fmt: skip
-
-#: (activation, gated) of a spec -> the one fact that is true for it.
-ACTIVATIONS = {("silu", True): "swiglu"}
-ACTIVATION_FACTS = ("swiglu", "squared_relu", "quick_geglu")
-
-#: Rope kinds GPTModel can build with position_embedding_type=rope: fact -> key of Rope.scaling, or True.
-ROPES: dict[str, dict[str, str | bool]] = {
-    "default": {},
-    "dynamic": {},
-    "linear":  {"linear_factor": "factor"},
-    "llama3":  {"llama3": True, "llama3_factor": "factor"},
-}  # fmt: skip
-#: RotaryEmbedding._apply_scaling has these as constants; only original / low and original / high matter in it.
-LLAMA3 = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-
 #: Attributes with one value for every model in scope. `sequence_parallel` and `apply_query_key_layer_scaling` are read
 #: without a default by tools/checkpoint; `num_experts`, `spec` and the like are there so that no default can slip in.
 CONSTANTS: dict[str, object] = {
     **dict.fromkeys((
-        "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "mtp_num_layers", "no_rope_freq",
-        "num_experts", "num_layers_per_virtual_pipeline_stage", "spec", "virtual_pipeline_model_parallel_size",
-        "window_attn_skip_freq",
+        "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+        "num_layers_per_virtual_pipeline_stage", "virtual_pipeline_model_parallel_size",
     )),
     **dict.fromkeys((
-        "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm", "bert_binary_head",
-        "bias_gelu_fusion", "data_parallel_random_init", "is_hybrid_model", "multi_latent_attention", "qk_layernorm",
-        "sequence_parallel", "use_dist_ckpt", "use_distributed_optimizer", "use_legacy_models",
+        "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm", "data_parallel_random_init",
+        "is_hybrid_model", "use_dist_ckpt",
+        "use_distributed_optimizer", "use_legacy_models",
     ), False),
     **dict.fromkeys((
-        "add_position_embedding", "bias_swiglu_fusion", "no_save_optim", "no_save_rng", "use_mcore_models",
+        "add_position_embedding", "no_save_optim", "no_save_rng", "use_mcore_models",
     ), True),
     **dict.fromkeys(("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples"), 0),
-    **dict.fromkeys((
-        "context_parallel_size", "data_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
-    ), 1),
+    **dict.fromkeys(("context_parallel_size", "data_parallel_size"), 1),
     "ckpt_format": "torch",
 }  # fmt: skip
-
-#: attribute, values beside None that mean "not used", what it is.
-UNSUPPORTED: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("num_experts",                             (0,),         "mixture of experts"),
-    ("multi_latent_attention",                  (False,),     "multi-latent attention"),
-    ("qk_layernorm",                            (False,),     "norms on queries and keys"),
-    ("qk_l2_norm",                              (False,),     "L2 norms on queries and keys"),
-    ("mtp_num_layers",                          (0,),         "multi-token prediction"),
-    ("virtual_pipeline_model_parallel_size",    (1,),         "interleaved (virtual) pipeline stages"),
-    ("window_attn_skip_freq",                   (),           "a window on some layers only"),
-    ("no_rope_freq",                            (0,),         "rope on some layers only"),
-    ("rope_type",                               ("rope",),    "another kind of rope"),
-    ("softmax_scale",                           (),           "its own softmax scale"),
-    ("softmax_type",                            ("vanilla",), "attention sinks"),
-    ("attention_output_gate",                   (False,),     "a gate on the attention output"),
-    ("experimental_attention_variant",          (),           "an experimental attention"),
-    ("squared_relu",                            (False,),     "the squared ReLU activation"),
-    ("quick_geglu",                             (False,),     "the gated quick GELU activation"),
-    ("glu_linear_offset",                       (0,),         "an offset in the gated activation"),
-    ("activation_func_clamp_value",             (),           "a clamped activation"),
-    ("use_mup",                                 (False,),     "muP multipliers"),
-    ("is_hybrid_model",                         (False,),     "a hybrid of attention and other layers"),
-    ("hybrid_override_pattern",                 ("",),        "a hybrid of attention and other layers"),
-    ("hybrid_layer_pattern",                    ("",),        "a hybrid of attention and other layers"),
-    ("heterogeneous_layers_config_path",        ("",),        "layers that differ in shape"),
-    ("heterogeneous_layers_config_encoded_json",("",),        "layers that differ in shape"),
-    ("spec",                                    (),           "layers of its own (--spec)"),
-    ("apply_residual_connection_post_layernorm",(False,),     "residuals after the norm"),
-)  # fmt: skip
-
-
-def linear_bias(spec: ModelSpec) -> bool:
-    """Whether the Megatron model has biases on qkv, proj, fc1 and fc2: all of them or none (`add_bias_linear`)."""
-    return spec.dense_bias or spec.mlp_bias
-
-
-def qkv_bias(spec: ModelSpec) -> bool:
-    """Whether the Megatron model has a bias on qkv. True with `linear_bias`, as validate_args leaves the Namespace."""
-    return spec.qkv_bias or linear_bias(spec)
-
-
-def _factor(spec: ModelSpec) -> float:
-    return float(spec.rope.scaling.get("factor") or 0) if spec.rope else 0.0
-
-
-def _llama3_fits(spec: ModelSpec) -> bool:
-    scaling = spec.rope.scaling if spec.rope else {}
-    original, low, high = (scaling.get(name) or 0 for name in LLAMA3)
-    return bool(low and high) and (original / low, original / high) == (8192, 2048)
-
-
-YARN = (
-    "rope kind yarn: for a dense model it needs config attributes (yarn_*) that no flag sets before Megatron-LM 0.19 "
-    "and no release restores from a checkpoint; it is not written yet."
-)
-LLAMA3_FIXED = (
-    "llama3 rope {0.rope.scaling}: in megatron-core original_max_position_embeddings / low_freq_factor is fixed at "
-    "8192 and original_max_position_embeddings / high_freq_factor at 2048."
-)
-FACTOR_DROPPED = (
-    "No Megatron-LM release passes --rope-scaling-factor on, the model uses 8 instead of {0.rope.scaling[factor]}: add "
-    "rope_scaling_factor=args.rope_scaling_factor where gpt_builders.py (before 0.15 pretrain_gpt.py) builds "
-    "GPTModel, from 0.19 on the same entry to gpt_config_from_args in megatron/training/argument_utils.py."
-)
-LINEAR_DROPPED = (
-    "Before Megatron-LM 0.19 --rotary-seq-len-interpolation-factor does not reach the model: use 0.19, or add "
-    "seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor where gpt_builders.py (before 0.15 "
-    "pretrain_gpt.py) builds GPTModel."
-)
-DYNAMIC = (
-    "Megatron has no dynamic rope: the model is the same up to {0.max_position_embeddings} positions and differs "
-    "beyond, so do not raise --max-position-embeddings or --seq-length above that."
-)
-WINDOW_FLAG = (
-    "--window-size exists from Megatron-LM 0.15 on: use 0.15 or newer, or keep --seq-length within {0.sliding_window}, "
-    "where the window does nothing."
-)
-LOCAL_OFFSET = (
-    "--apply-layernorm-1p works with --transformer-impl transformer_engine; the local one has it only for LayerNorm "
-    "with apex: use transformer_engine."
-)
-ZERO_BIASES = (
-    "Megatron has biases on all linear layers or on none: those this model lacks are zeros in the checkpoint and would "
-    "be trained; freeze them to keep the architecture."
-)
-
-
-def _rope_is(*kinds: str) -> Callable[[ModelSpec], bool]:
-    return lambda spec: spec.rope is not None and spec.rope.kind in kinds
-
-
-Rules = tuple[tuple[Callable[[ModelSpec], bool], str], ...]
-
-#: What GPTModel cannot be told, or this converter cannot write yet. {0} is the spec.
-REFUSALS: Rules = (
-    (lambda s: s.model_type != "GPT", "model_type {0.model_type}: only decoder (GPT) models are written yet."),
-    (lambda s: s.norm not in ("RMSNorm", "LayerNorm"), "norm {0.norm}: megatron-core has RMSNorm and LayerNorm."),
-    (lambda s: (s.activation, s.gated) not in ACTIVATIONS,
-     "activation {0.activation} (gated: {0.gated}): only gated silu (--swiglu) is written yet."),
-    (lambda s: s.rope is None, "learned absolute positions: only rope models are written yet."),
-    (_rope_is("yarn"), YARN),
-    (lambda s: s.rope is not None and s.rope.kind not in (*ROPES, "yarn"),
-     "rope kind {0.rope.kind}: megatron-core has no such rotary embedding."),
-    (lambda s: _rope_is("linear", "llama3")(s) and not _factor(s), "rope kind {0.rope.kind} without a factor above 0."),
-    (lambda s: _rope_is("llama3")(s) and not _llama3_fits(s), LLAMA3_FIXED),
-)  # fmt: skip
-
-#: What the stock trainer cannot be told, or only from some release on; each says what to do. {0} is the spec.
-LIMITS: Rules = (
-    (lambda s: _rope_is("llama3")(s) and _factor(s) not in (0, 8), FACTOR_DROPPED),
-    (_rope_is("linear"), LINEAR_DROPPED),
-    (lambda s: _rope_is("linear")(s) and _factor(s) % 1 != 0,
-     "--rotary-seq-len-interpolation-factor takes whole numbers: make its type float in arguments.py for this model."),
-    (lambda s: s.rope is not None and s.rope.theta % 1 != 0,
-     "--rotary-base takes whole numbers: use --use-checkpoint-args, which restores {0.rope.theta} as it is."),
-    (_rope_is("dynamic"), DYNAMIC),
-    (lambda s: s.rope is not None and s.rope.interleaved,
-     "Interleaved rope: add --no-rope-fusion unless Transformer Engine is 2.3 or newer."),
-    (lambda s: s.sliding_window is not None, WINDOW_FLAG),
-    (lambda s: s.norm_offset, LOCAL_OFFSET),
-    (lambda s: linear_bias(s) and not (s.qkv_bias and s.dense_bias and s.mlp_bias), ZERO_BIASES),
-)  # fmt: skip
-
-
-def refusals(spec: ModelSpec) -> list[str]:
-    """What megatron-core's GPTModel (or this converter yet) cannot express; empty when the model can be written."""
-    return [text.format(spec) for applies, text in REFUSALS if applies(spec)]
-
-
-def limits(spec: ModelSpec) -> list[str]:
-    """What the stock trainer does not do with a checkpoint that is right, one sentence each, with what to do."""
-    return [text.format(spec) for applies, text in LIMITS if applies(spec)]
-
-
-def _checked(spec: ModelSpec, inexact: bool) -> None:
-    if not inexact and (reasons := refusals(spec)):
-        raise TargetError("Megatron cannot express this model: " + " ".join(reasons))
-
-
-def _facts(spec: ModelSpec) -> dict[str, Any]:
-    """Megatron's view of a spec: one value per row of ROWS. What Megatron cannot express is left at its default."""
-    facts: dict[str, Any] = {name: getattr(spec, name) for name in COPIED}
-    facts |= {name: name == ACTIVATIONS.get((spec.activation, spec.gated)) for name in ACTIVATION_FACTS}
-    facts |= {
-        # With group_query_attention false every release ignores num_query_groups and uses the number of heads.
-        "grouped": spec.num_query_groups != spec.num_attention_heads,
-        "linear_bias": linear_bias(spec),
-        "qkv_bias": qkv_bias(spec),
-        "untied": not spec.tied,
-        "position": "rope" if spec.rope else "learned_absolute",
-        "rotary": spec.rope is not None,
-        "llama3": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-    }
-    if spec.rope:
-        facts |= {
-            "rope_theta": spec.rope.theta,
-            "rope_percent": spec.rope.percent,
-            "rope_interleaved": spec.rope.interleaved,
-        }
-        for fact, key in ROPES.get(spec.rope.kind, {}).items():
-            facts[fact] = spec.rope.scaling.get(key) if isinstance(key, str) else key
-    return facts
-
 
 def _value(row: Row, facts: Mapping[str, Any]) -> object:
     value = facts.get(row.fact)
     return row.default if value is None else row.kind.write(value)
 
 
+def _spec(spec: ModelSpec, transformer_impl: str, module: tuple[str, str] | None) -> list[str] | None:
+    """`args.spec`; pretrain_bert.py goes by it, not by --transformer-impl."""
+    if module is not None:
+        return list(module)
+    return ["local"] if spec.model_type == "BERT" and transformer_impl == "local" else None
+
+
 def namespace(
-    spec: ModelSpec, *, tp: int, pp: int, padded_vocab_size: int, make_vocab_size_divisible_by: int,
+    spec: ModelSpec, *, tp: int, pp: int, ep: int = 1, padded_vocab_size: int, make_vocab_size_divisible_by: int,
     transformer_impl: str, iteration: int, tokenizer_type: str | None, tokenizer_model: str | None,
-    params_dtype: object, inexact: bool = False,
+    params_dtype: object, grouped_gemm: bool = False, inexact: bool = False,
+    spec_module: tuple[str, str] | None = None,
 ) -> dict[str, object]:  # fmt: skip
     """The attributes of the Namespace for one model, right for everything `--use-checkpoint-args` overwrites.
 
     params_dtype: an opaque object (the torch dtype). A tokenizer that is None leaves the user's flags alone; any other
-    wins over them. Raises TargetError when `refusals` is not empty, unless `inexact`.
+    wins over them. spec_module: the module and name of layers of one's own (`--spec`). Raises TargetError when
+    `refusals` is not empty, unless `inexact`.
     """
-    _checked(spec, inexact)
-    facts = _facts(spec)
-    attrs = {attr: _value(row, facts) for row in ROWS for attr in row.attrs}
+    if not inexact:
+        check(spec, spec_module is not None, tp)
+    facts = megatron_facts.from_spec(spec) | {"moe_grouped_gemm": grouped_gemm}
+    attrs = {attr: value for row in ROWS if (value := _value(row, facts)) is not ABSENT for attr in row.attrs}
     return {
         **attrs,
         **CONSTANTS,
+        "bert_binary_head": spec.binary_head,
         "bf16": spec.dtype == "bfloat16",
         "fp16": spec.dtype == "float16",
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": tp,
         "iteration": iteration,
         "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
         "no_persist_layer_norm": transformer_impl == "local",
         "padded_vocab_size": padded_vocab_size,
         "params_dtype": params_dtype,
         "pipeline_model_parallel_size": pp,
+        # Megatron asserts it for experts and tensor parallelism together.
+        "sequence_parallel": spec.moe is not None and tp > 1,
+        "spec": _spec(spec, transformer_impl, spec_module),
         "tensor_model_parallel_size": tp,
         "tokenizer_model": tokenizer_model,
         "tokenizer_type": tokenizer_type,
         "transformer_impl": transformer_impl,
         "transformer_pipeline_model_parallel_size": pp,
         "vocab_size": spec.vocab_size,
-        "world_size": tp * pp,
+        "world_size": tp * pp * ep,
     }
 
 
-def _architecture(spec: ModelSpec, restored: bool) -> list[str]:
-    facts, lines = _facts(spec), []
+def _architecture(spec: ModelSpec, restored: bool, grouped_gemm: bool) -> list[str]:
+    facts, lines = megatron_facts.from_spec(spec) | {"moe_grouped_gemm": grouped_gemm}, []
     for row in ROWS:
         value, name = facts.get(row.fact), row.flag.lstrip("!")
         if not name or value is None or (row.when and not facts[row.when]) or (row.restored and not restored):
             continue
         if "{}" in name:
             shown = row.kind.write(value)
-            lines.append(name.format(",".join(map(str, shown)) if isinstance(shown, tuple) else shown))
+            text = ",".join(map(str, shown)) if isinstance(shown, tuple | list) else str(shown)
+            lines.append(name.format(f"[{text}]" if isinstance(shown, list) else text))
         elif bool(value) != row.flag.startswith("!"):
             lines.append(name)
-    return lines
+    # pretrain_bert.py gives a model with a binary head two token types, and none to one without.
+    return [*lines, "--bert-no-binary-head"] if spec.model_type == "BERT" and not spec.binary_head else lines
 
 
 def _layout(
-    spec: ModelSpec, tp: int, pp: int, padded: int | None, divisible_by: int, impl: str,
+    spec: ModelSpec, tp: int, pp: int, ep: int, padded: int | None, divisible_by: int, impl: str,
     tokenizer: Mapping[str, str | None],
 ) -> list[str]:  # fmt: skip
     multiple = divisible_by * tp
@@ -388,35 +338,44 @@ def _layout(
     lines.append(f"--padded-vocab-size {size}")
     lines += [f"{flag} {value}" for flag, value in tokenizer.items() if value]
     lines += [f"--tensor-model-parallel-size {tp}", f"--pipeline-model-parallel-size {pp}"]
+    if spec.moe:
+        lines += [f"--expert-model-parallel-size {ep}", f"--expert-tensor-parallel-size {tp}"]
+        lines += ["--sequence-parallel"] if tp > 1 else []
     lines += [f"--transformer-impl {impl}", "--ckpt-format torch"]
     # The torch norms of the local implementation refuse the default (torch_norm.py WrappedTorchNorm).
     return [*lines, "--no-persist-layer-norm"] if impl == "local" else lines
 
 
 def flags(
-    spec: ModelSpec, *, tp: int, pp: int, make_vocab_size_divisible_by: int, transformer_impl: str,
+    spec: ModelSpec, *, tp: int, pp: int, ep: int = 1, make_vocab_size_divisible_by: int, transformer_impl: str,
     tokenizer_type: str | None, tokenizer_model: str | None, padded_vocab_size: int | None = None,
-    inexact: bool = False,
+    grouped_gemm: bool = False, inexact: bool = False, spec_module: tuple[str, str] | None = None,
 ) -> list[str]:  # fmt: skip
     """The training flags that rebuild exactly this model without --use-checkpoint-args: architecture, then layout.
 
     One item per flag with its values, unquoted. All of them exist in Megatron-LM 0.15 to 0.19; in 0.12 to 0.14 there is
-    no --window-size, and in 0.12 and 0.13 no --padded-vocab-size. Raises TargetError as `namespace` does.
+    no --window-size, and in 0.12 and 0.13 no --padded-vocab-size; `limits` names the others. Raises TargetError as
+    `namespace` does.
     """
-    _checked(spec, inexact)
+    if not inexact:
+        check(spec, spec_module is not None, tp)
     tokenizer = {"--tokenizer-type": tokenizer_type, "--tokenizer-model": tokenizer_model}
-    layout = _layout(spec, tp, pp, padded_vocab_size, make_vocab_size_divisible_by, transformer_impl, tokenizer)
-    return _architecture(spec, restored=True) + layout
+    layout = _layout(spec, tp, pp, ep, padded_vocab_size, make_vocab_size_divisible_by, transformer_impl, tokenizer)
+    given = _spec(spec, transformer_impl, spec_module)
+    module = [] if given is None else [f"--spec {' '.join(given)}"]
+    return _architecture(spec, restored=True, grouped_gemm=grouped_gemm) + module + layout
 
 
 def repeated(
-    spec: ModelSpec, *, tp: int, pp: int, make_vocab_size_divisible_by: int, transformer_impl: str,
-    padded_vocab_size: int | None = None,
+    spec: ModelSpec, *, tp: int, pp: int, ep: int = 1, make_vocab_size_divisible_by: int, transformer_impl: str,
+    padded_vocab_size: int | None = None, grouped_gemm: bool = False, inexact: bool = False,
+    spec_module: tuple[str, str] | None = None,
 ) -> list[str]:  # fmt: skip
-    """Those of `flags` that are needed beside --use-checkpoint-args, because no release restores them."""
-    _checked(spec, inexact=False)
-    layout = _layout(spec, tp, pp, padded_vocab_size, make_vocab_size_divisible_by, transformer_impl, {})
-    return _architecture(spec, restored=False) + layout
+    """Those of `flags` that are needed beside --use-checkpoint-args, because not every release restores them."""
+    if not inexact:
+        check(spec, spec_module is not None, tp)
+    layout = _layout(spec, tp, pp, ep, padded_vocab_size, make_vocab_size_divisible_by, transformer_impl, {})
+    return _architecture(spec, restored=False, grouped_gemm=grouped_gemm) + layout
 
 
 def _read(args: Mapping[str, object], row: Row, where: str) -> Any:
@@ -424,85 +383,73 @@ def _read(args: Mapping[str, object], row: Row, where: str) -> Any:
     if name is None:
         if row.default is REQUIRED:
             raise SourceError(f"{where}: args has no {row.attrs[0]}. Is this a Megatron-LM checkpoint?")
-        return row.default
+        return None if row.default is ABSENT else row.default
     try:
         return row.kind.read(args[name])
     except TypeError:
         raise SourceError(f"{where}: args.{name} is {args[name]!r}, expected {row.kind.name}.") from None
 
 
-def _read_facts(args: Mapping[str, object], where: str) -> dict[str, Any]:
+def _read_facts(args: Mapping[str, object], where: str) -> Facts:
     # "One-off conversion for foundation models" in load_args_from_checkpoint: the old attribute wins.
     if args.get("disable_bias_linear") is not None:
         args = {**args, "add_bias_linear": not args["disable_bias_linear"]}
-    facts: dict[str, Any] = {}
+    facts: Facts = {}
     for row in ROWS:  # a `when` fact stands above the rows that need it
         if not row.when or facts[row.when]:
             facts[row.fact] = _read(args, row, where)
+    if facts["mla"] and "rope_type" not in args:
+        # Releases without the argument took the length as it is now for the original one.
+        facts["mla_original"] = facts["max_position_embeddings"]
     return facts
 
 
-def _rope(facts: Mapping[str, Any]) -> Rope | None:
-    if facts["position"] != "rope" and not facts["rotary"]:
-        return None
-    kind, scaling = "default", {}
-    if facts["llama3"]:
-        kind, scaling = "llama3", {"factor": facts["llama3_factor"], **LLAMA3}
-    elif facts["linear_factor"] not in (None, 1):
-        kind, scaling = "linear", {"factor": facts["linear_factor"]}
-    return Rope(float(facts["rope_theta"]), kind, scaling, facts["rope_percent"], facts["rope_interleaved"])
-
-
-def spec_of(args: Mapping[str, object], where: str) -> dict[str, object]:
+def spec_of(args: Mapping[str, object], where: str, model_type: str = "GPT") -> dict[str, object]:
     """The fields of ModelSpec that vars() of a Namespace of any release says; the inverse of `namespace`.
 
     Without family and dtype, and without vocab_size when the Namespace does not know it. What is absent has Megatron's
-    default. `unsupported` tells whether the result is the whole truth. where: for messages. Raises SourceError when a
-    required attribute is absent or one that counts has a wrong type; other attributes may hold any object.
+    default. `unsupported` tells whether the result is the whole truth. where: for messages; model_type: which no
+    Namespace says. Raises SourceError when a required attribute is absent or one that counts has a wrong type; other
+    attributes may hold any object.
     """
     facts = _read_facts(args, where)
     padded, true = args.get("padded_vocab_size"), args.get("vocab_size")
     if isinstance(padded, bool) or not isinstance(padded, int):
         raise SourceError(f"{where}: args.padded_vocab_size is {padded!r}, expected a whole number.")
-    hidden, heads = facts["hidden_size"], facts["num_attention_heads"]
+    hidden, heads, latent = facts["hidden_size"], facts["num_attention_heads"], facts["mla"]
     # The rule of validate_args, rounding included.
     ffn = int((4 * hidden * 2 / 3) / 64) * 64 if facts["swiglu"] else 4 * hidden
-    name = next((fact for fact in ACTIVATION_FACTS if facts[fact]), "")
-    activation, gated = {fact: pair for pair, fact in ACTIVATIONS.items()}.get(name, (name or "gelu", "glu" in name))
+    activation, gated = megatron_facts.read_activation(facts)
     fields: dict[str, object] = {name: facts.get(name) for name in COPIED}
     fields |= {
+        "model_type": model_type,
         "ffn_hidden_size": facts["ffn_hidden_size"] or ffn,
         "num_query_groups": facts.get("num_query_groups", heads),
         "kv_channels": facts["kv_channels"] or hidden // heads,
         "seq_length": facts["seq_length"] or facts["max_position_embeddings"],
         "activation": activation,
         "gated": gated,
-        "qkv_bias": facts["qkv_bias"] or facts["linear_bias"],
+        "gate_offset": facts["gate_offset"],
+        "qkv_bias": (facts["qkv_bias"] or facts["linear_bias"]) and not latent,
         "dense_bias": facts["linear_bias"],
         "mlp_bias": facts["linear_bias"],
         "tied": not facts["untied"],
-        "rope": _rope(facts),
+        "rope": megatron_facts.read_rope(facts),
+        "rope_layers": megatron_facts.read_rope_layers(facts, where),
+        "learned_positions": facts["position"] == "learned_absolute" and not facts["rotary"] and not latent,
+        "sinks": facts["softmax_type"] == "learnable",
+        "qk_norm": "head" if facts["qk_norm"] and not latent else None,
+        "mtp_layers": facts["mtp_layers"] or 0,
+        "moe": megatron_facts.read_moe(facts, where),
+        **megatron_facts.read_windows(facts, where),
     }
+    if latent:
+        fields["mla"] = MLA(facts["mla_q_lora"], facts["mla_kv_lora"], facts["mla_qk"], facts["mla_rope"],
+                            facts["mla_v"])  # fmt: skip
+        fields |= {"kv_channels": facts["mla_v"], "num_query_groups": heads}
+    if model_type == "BERT":
+        binary = args.get("bert_binary_head") is not False
+        fields |= {"num_tokentypes": 2 * binary, "binary_head": binary, "pooler": binary, "lm_head": True}
     if isinstance(true, int) and not isinstance(true, bool) and 0 < true <= padded:
         fields["vocab_size"] = true
     return fields
-
-
-def unsupported(args: Mapping[str, object]) -> list[str]:
-    """Why a Namespace describes a model that is not read yet; empty when `spec_of` says all there is to it."""
-    reasons = [
-        f"{attr}={args[attr]!r}: {what}" for attr, unused, what in UNSUPPORTED if args.get(attr) not in (None, *unused)
-    ]
-    position = args.get("position_embedding_type") or "learned_absolute"
-    if position != "rope" and not args.get("use_rotary_position_embeddings"):
-        reasons.append(f"position_embedding_type={position!r}: only rope is read yet")
-    if not args.get("swiglu") and not args.get("squared_relu") and not args.get("quick_geglu"):
-        reasons.append("swiglu=False: the GELU activation")
-    if (norm := args.get("normalization") or "LayerNorm") not in ("RMSNorm", "LayerNorm"):
-        reasons.append(f"normalization={norm!r}: only RMSNorm and LayerNorm are read")
-    window = args.get("window_size")
-    if isinstance(window, Sequence) and len(window) == 2 and window[0] != -1 and window[1] != 0:
-        reasons.append(f"window_size={window!r}: a window that looks ahead")
-    if args.get("use_rope_scaling") and args.get("rotary_seq_len_interpolation_factor") not in (None, 1):
-        reasons.append("use_rope_scaling and rotary_seq_len_interpolation_factor: two rope scalings at once")
-    return reasons

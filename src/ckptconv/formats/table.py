@@ -11,7 +11,7 @@ from ckptconv.messages import Expected
 from ckptconv.spec import ModelSpec
 
 
-def _always(spec: ModelSpec) -> bool:
+def _always(spec: ModelSpec, layer: int | None) -> bool:
     return True
 
 
@@ -19,8 +19,11 @@ def _always(spec: ModelSpec) -> bool:
 class Row:
     """The tensor `name` of a rank file holds `keys` of `message`, cut over tensor-parallel ranks by `cut`.
 
-    `{i}` is the layer's number within its stage. `vocab`: rows are padded to the padded vocabulary. `last_stage`:
-    the tensor lies on the last stage although its message belongs to the first.
+    `{i}` is the layer's number within its stage, `{e}` the expert's within its expert-parallel rank: then the tensor
+    holds one expert's slices of the keys. `vocab`: rows are padded to the padded vocabulary. `last_stage`: the tensor
+    lies on the last stage, too, although its message belongs to the first: a copy, where there are several stages.
+    `double`: the tensor repeats what another row holds, as its reader wants both. `vector`: keys [e, n] of which a
+    tensor holds one row, as a vector.
     """
 
     message: str
@@ -29,7 +32,19 @@ class Row:
     cut: Cut
     vocab: bool = False
     last_stage: bool = False
-    when: Callable[[ModelSpec], bool] = _always
+    double: bool = False
+    vector: bool = False
+    when: Callable[[ModelSpec, int | None], bool] = _always
+
+    @property
+    def expert(self) -> bool:
+        """Whether the tensor is one expert's."""
+        return "{e}" in self.name
+
+    @property
+    def copy(self) -> bool:
+        """Whether another row holds the same."""
+        return self.last_stage or self.double
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,8 @@ def rows_of(table: Sequence[Row], message: Expected, spec: ModelSpec) -> list[Ro
     rows = [
         row
         for row in table
-        if row.message == message.template and all(key in message.shapes for key in row.keys) and row.when(spec)
+        if row.message == message.template and all(key in message.shapes for key in row.keys)
+        and row.when(spec, message.layer)
     ]
     covered = {key for row in rows for key in row.keys}
     for key in message.shapes:

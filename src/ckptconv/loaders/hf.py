@@ -15,6 +15,7 @@ from typing import Any
 from ckptconv import companions, dtypes, families, lazy, ops, stream
 from ckptconv.containers import hfdir
 from ckptconv.errors import SourceError, near, some
+from ckptconv.families import quantised
 from ckptconv.families.family import Row
 from ckptconv.lazy import Cast, LazyTensor
 from ckptconv.messages import Expected, expected
@@ -22,9 +23,6 @@ from ckptconv.metadata import Metadata, Origin
 from ckptconv.spec import ModelSpec
 
 log = logging.getLogger("ckptconv.loader")
-
-PREFIX = "model."
-HEAD = "lm_head.weight"
 
 
 def recognises(load_dir: str) -> str | None:
@@ -59,15 +57,15 @@ def pinned(family: str) -> Any:
 
 
 def _load(queue: Any, args: Namespace, only: str | None) -> None:
-    stream.send(queue, _Source(args.load_dir, only, bool(getattr(args, "dtype_name", None))))
+    stream.send(queue, _Source(args.load_dir, only, getattr(args, "dtype_name", None)))
 
 
 class _Source:
     """One directory: its config, its tensors by name, and which of them have been used."""
 
-    def __init__(self, directory: str, only: str | None, casting: bool) -> None:
+    def __init__(self, directory: str, only: str | None, dtype: str | None) -> None:
         self.directory = directory
-        self._casting = casting
+        self._casting = bool(dtype)
         self._companions = companions.find(directory)
         config = companions.read_config(self._companions)
         where = str(Path(directory) / companions.CONFIG)
@@ -79,19 +77,36 @@ class _Source:
                 f"{where}: model_type is {config.get('model_type')!r}, but --loader hf_{only} takes {only} only. "
                 f"Use --loader hf_{self.family.name}, or --loader hf for any family."
             )
-        quantised = config.get("quantization_config")
-        if quantised:
-            kind = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-            raise SourceError(
-                f"{where}: the weights are quantised ({kind}), which is not supported: converting them would not be "
-                "bit-exact. Use the unquantised checkpoint of this model."
-            )
+        quantised.method_of(config, where)
         self._where = where
-        self._names, self.files = hfdir.read(directory)
-        self._bare = f"{PREFIX}embed_tokens.weight" not in self._names and "embed_tokens.weight" in self._names
-        self.spec = self._settle_head(self._settle_dtype(self.family.spec(config, where)))
-        self._rows = self._tabled()
+        stored, self.files = hfdir.read(directory)
+        self._names, self._changes = quantised.plain(stored, config, dtype, where)
+        for change in self._changes:
+            log.info("loader: %s", change)
+        prefix = self.family.prefix
+        self._bare = bool(prefix) and not any(name.startswith(prefix) for name in self._names)
+        self._check_counts(config)
+        plain = self._settle_dtype(self.family.spec(config, where))
+        if self._changes:
+            plain = plain.replace(dtype=quantised.target(config, dtype, where))
+        spec = self._settle_parts(self._settle_mtp(plain))
+        self.spec = self._settle_head(spec)
         self._check_names()
+        self._check_duplicates()
+
+    def _check_counts(self, config: dict[str, Any]) -> None:
+        """Raise SourceError for more layers than tensors or more experts than rows, before they are counted out."""
+        tensors, rows = len(self._names), sum(tensor.rows for tensor in self._names.values())
+        most = {"num_layers": (tensors, "layers", "tensors"), "encoder_layers": (tensors, "layers", "tensors"),
+                "mtp_layers": (tensors, "layers", "tensors"), "moe.num_experts": (rows, "experts", "rows")}  # fmt: skip
+        for field in self.family.fields:
+            value = config.get(field.key) if field.key else None
+            limit, what, held = most.get(field.spec, (None, "", ""))
+            if limit is not None and isinstance(value, int | float) and value > limit:
+                raise SourceError(
+                    f"{self._where}: says {value} {what} ({field.key}), but the weight files hold {limit} {held} in "
+                    "all. Is this config from the same checkpoint?"
+                )
 
     # The model as stored
 
@@ -108,41 +123,69 @@ class _Source:
             raise SourceError(f"{self.directory}: most weights are {stored}, which is a quantised form. Not supported.")
         return spec.replace(dtype=stored)
 
+    def _settle_mtp(self, spec: ModelSpec) -> ModelSpec:
+        """MTP layers as stored: transformers drops them when it saves a model, and keeps their number in the config."""
+        message = next((m for m in expected(spec) if m.template.startswith("mtp")), None)
+        if message is None:
+            return spec
+        own = [name for row in self.family.rows_of(message, spec) for name in row.stored(message.layer, spec)]
+        if any(self._has(name) for name in own):
+            return spec
+        log.warning("loader: config.json says %d MTP layers, but the files hold none: left out", spec.mtp_layers)
+        return spec.replace(mtp_layers=0)
+
+    def _settle_parts(self, spec: ModelSpec) -> ModelSpec:
+        """Parts as stored: a model is often saved with heads that the class in its config does not have, or without."""
+        for name in self.family.optional:
+            whole = spec.replace(**{name: True})
+            message = next(m for m in expected(whole) if m.template == name.replace("_", " "))
+            rows = self.family.rows_of(message, whole, self._has)
+            found = any(self._has(stored) for row in rows for stored in row.stored(message.layer, whole))
+            spec = spec.replace(**{name: found})
+        return spec
+
     def _settle_head(self, spec: ModelSpec) -> ModelSpec:
         """Tied as transformers 5 sees it: config.json says so and no other head is stored."""
-        head, embedding = self._names.get(HEAD), self._names.get(self._disk("model.embed_tokens.weight"))
-        if spec.tied and head is not None and embedding is not None and not lazy.equal(head, embedding):
+        if not spec.tied:
+            return spec
+        self._head = self._one_name("output layer", "weight", spec.replace(tied=False))
+        embedding = self._one_name("embeddings", "word embeddings", spec)
+        head, tied_to = self._names.get(self._head), self._names.get(embedding)
+        if head is not None and tied_to is not None and not lazy.equal(head, tied_to):
             log.warning(
-                "loader: config.json says tie_word_embeddings, but %s differs from the embedding: taken as untied", HEAD
+                "loader: config.json says tie_word_embeddings, but %s differs from the embedding: taken as untied",
+                self._head,
             )
             return spec.replace(tied=False)
         return spec
 
-    def _tabled(self) -> dict[tuple[str, str], Row]:
-        return {(row.message, row.key): row for row in self.family.rows}
+    def _one_name(self, message: str, key: str, spec: ModelSpec) -> str:
+        """The name on disk of a key that is one stored tensor."""
+        want = next((m for m in expected(spec) if m.template == message), None)
+        if want is None:
+            return ""
+        row = next(row for row in self.family.rows_of(want, spec, self._has) if key in row.keys)
+        return self._disk(row.stored(None, spec)[0])
+
+    def _has(self, name: str) -> bool:
+        return self._disk(name) in self._names
 
     def _disk(self, name: str) -> str:
         """The name on disk: files of a bare model lack the `model.` prefix."""
-        return name.removeprefix(PREFIX) if self._bare else name
+        return name.removeprefix(self.family.prefix) if self._bare else name
 
     # Names: every tensor is used or ignored by a rule
 
     def _check_names(self) -> None:
-        if self.spec.num_layers > len(self._names):
-            raise SourceError(
-                f"{self._where}: says {self.spec.num_layers} layers, but the weight files hold {len(self._names)} "
-                "tensors in all. Is this config from the same checkpoint?"
-            )
         wanted: dict[str, Expected] = {}
         for message in expected(self.spec):
-            for key in message.shapes:
-                for name in self._rows[message.template, key].names:
-                    wanted[self._disk(name.format(i=message.layer))] = message
+            for row in self._rows(message):
+                wanted |= dict.fromkeys(map(self._disk, row.stored(message.layer, self.spec)), message)
         missing = [name for name in wanted if name not in self._names]
         if missing:
             left = [name for name in self._names if name not in wanted]
             hint = near(missing[0], left)
-            if missing == [HEAD]:
+            if wanted[missing[0]].name == "output layer":
                 hint = " config.json says the head is not tied (tie_word_embeddings)."
             raise SourceError(
                 f"{self.directory}: lacks {some(missing)}, which a {self.family.name} model of "
@@ -158,16 +201,38 @@ class _Source:
         for name, reason in sorted(ignored.items()):
             log.debug("loader: ignored %s: %s", name, reason)
 
+    def _rows(self, message: Expected) -> list[Row]:
+        return self.family.rows_of(message, self.spec, self._has)
+
     def _ignored(self) -> dict[str, str]:
         """Names left out on purpose, with the reason."""
         rules = {
             self._disk(rule.name.format(i=layer)): rule.reason
             for rule in self.family.ignore
-            for layer in range(self.spec.num_layers)
+            for layer in range(self.spec.num_layers + self.spec.mtp_layers)
         }
         if self.spec.tied:
-            rules[HEAD] = "equal to the embedding it is tied to"
+            rules[self._head] = "equal to the embedding it is tied to"
+        for duplicate in self.family.duplicates:
+            rules |= dict.fromkeys(
+                map(self._disk, duplicate.stored(self.spec)), f"equal to {duplicate.key!r} of {duplicate.message!r}"
+            )
         return {name: rules[name] for name in self._names if name in rules}
+
+    def _check_duplicates(self) -> None:
+        """Raise SourceError when a tensor that is stored twice differs: one of the two would be lost."""
+        messages = {message.template: message for message in expected(self.spec) if message.layer is None}
+        for duplicate in self.family.duplicates:
+            message = messages.get(duplicate.message)
+            for name in map(self._disk, duplicate.stored(self.spec)):
+                if message is None or name not in self._names:
+                    continue
+                tensor = next(self._made(message, row) for row in self._rows(message) if duplicate.key in row.keys)
+                if not lazy.equal(self._names[name], tensor[duplicate.key]):
+                    raise SourceError(
+                        f"{self.directory}: {name} differs from {duplicate.key!r} of {duplicate.message!r}, of which "
+                        "it has to be a copy. Converting would lose one of the two."
+                    )
 
     # The stream
 
@@ -182,34 +247,39 @@ class _Source:
         )
 
     def _notes(self) -> list[str]:
-        return [f"ignored {some([name])}: {reason}" for name, reason in sorted(self._ignored().items())]
+        ignored = [f"ignored {some([name])}: {reason}" for name, reason in sorted(self._ignored().items())]
+        return [*self._changes, *ignored]
 
     def tensors(self, message: Expected) -> dict[str, LazyTensor]:
         """The tensors of one message, not read. Raises SourceError on wrong shapes."""
-        return {key: self._tensor(message, key, shape) for key, shape in message.shapes.items()}
+        made: dict[str, LazyTensor] = {}
+        for row in self._rows(message):
+            made |= self._made(message, row)
+        return {key: made[key] for key in message.shapes}
 
-    def _tensor(self, message: Expected, key: str, shape: lazy.Shape) -> LazyTensor:
-        row = self._rows[message.template, key]
-        names = [self._disk(name.format(i=message.layer)) for name in row.names]
+    def _made(self, message: Expected, row: Row) -> dict[str, LazyTensor]:
+        """The message tensors of one row."""
+        keys = row.shapes(message)
+        names = [self._disk(name) for name in row.stored(message.layer, self.spec)]
         parts = [self._names[name] for name in names]
-        for name, part, want in zip(names, parts, row.op.part_shapes(shape, self.spec), strict=True):
-            if part.shape != want:
-                raise SourceError(self._misfit(name, part, want))
+        for name, part, want in zip(names, parts, row.op.part_shapes(keys, self.spec), strict=True):
+            if part.shape != (stored := row.view.shape(want)):
+                raise SourceError(self._misfit(name, part, stored))
         if len({part.dtype for part in parts}) > 1:
             if not self._casting:
-                listed = ", ".join(f"{name} is {part.dtype}" for name, part in zip(names, parts, strict=True))
+                listed = some(f"{name} is {part.dtype}" for name, part in zip(names, parts, strict=True))
                 raise SourceError(
                     f"{self.directory}: {listed}, but they become one tensor. Give --dtype to convert all weights."
                 )
             parts = [part if part.dtype == self.spec.dtype else Cast(part, self.spec.dtype) for part in parts]
-        return ops.fuse(row.op, parts, shape, self.spec)
+        return dict(zip(row.keys, ops.fuse(row.op, list(map(row.view.seen, parts)), keys, self.spec), strict=True))
 
     def _misfit(self, name: str, part: LazyTensor, want: lazy.Shape) -> str:
         file = part.path if isinstance(part, lazy.FileTensor) else self.directory
         sizes = {
-            field.key: getattr(self.spec, field.spec)
+            field.key: field.of(self.spec)
             for field in self.family.fields
-            if field.key and getattr(self.spec, field.spec) in want and field.spec != "num_layers"
+            if field.key and field.of(self.spec) in want and field.spec != "num_layers"
         }
         said = ", ".join(f"{key} is {value}" for key, value in sizes.items())
         return (

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import logging
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ckptconv import companions, families, lazy, numbers, stream
 from ckptconv.containers import rankdir, torchzip
 from ckptconv.errors import CkptconvError, SourceError, near, some
-from ckptconv.formats import mcore, megatron_args
+from ckptconv.formats import mcore, mcore_bert, megatron_args, megatron_layers
 from ckptconv.layout import Layout
 from ckptconv.lazy import LazyTensor
 from ckptconv.messages import Expected, expected
 from ckptconv.metadata import Metadata, Origin
-from ckptconv.ops import assemble
+from ckptconv.ops import Tile, assemble
 from ckptconv.sharding import Placement, place
 from ckptconv.spec import ModelSpec, differences
 
@@ -80,24 +81,25 @@ class _Source:
         self.top = Path(args.load_dir)
         self.directory, self.iteration = rankdir.find_iteration(self.top, args.iteration)
         self._paths, self._arguments = rankdir.rank_files(self.directory)
-        tp, pp = 1 + max(t for t, _ in self._paths), 1 + max(p for _, p in self._paths)
-        self._read(tp, pp)
+        tp, pp, ep = (1 + max(rank[axis] for rank in self._paths) for axis in range(3))
+        self._read(tp, pp, ep)
         self._provenance = self._read_provenance()
         self._companions = self._find_companions()
         self.spec, self.padded = self._model(args)
-        self.layout = Layout(self.spec.num_layers, tp, pp)
+        self.layout = Layout(self.spec.num_layers, tp, pp, ep, self.spec.moe.num_experts if self.spec.moe else 0)
         self._stored = mcore.target_spec(self.spec) if self._filled() else self.spec
         self._messages = {message.name: message for message in expected(self._stored)}
         names = [name for stage in self._tensors.values() for name in stage]
-        self._table = mcore.TABLES[mcore.implementation(names)]
+        self._places: dict[str, list[Placement]] = {}
+        self._table = mcore.dialect(names).table
         self._check_names()
         self._settle_filled()
         self._check_replicas()
 
     # Files
 
-    def _read(self, tp: int, pp: int) -> None:
-        self._tensors: dict[tuple[int, int], dict[str, LazyTensor]] = {}
+    def _read(self, tp: int, pp: int, ep: int) -> None:
+        self._tensors: dict[rankdir.Rank, dict[str, LazyTensor]] = {}
         self.ignored: dict[str, str] = {}
         for rank, path in self._paths.items():
             root = torchzip.read(str(path))
@@ -109,16 +111,30 @@ class _Source:
                 if rule:
                     self.ignored["*" + rule.suffix] = rule.reason
                 elif isinstance(value, LazyTensor):
-                    self._tensors[rank][name] = value
+                    self._tensors[rank] |= mcore.unpacked(name, value, self._local_experts(ep))
                 else:
                     raise SourceError(f"{path}: {name} is a {type(value).__name__}, expected a tensor.")
-        for name, said in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp)):
+        for name, said in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp),
+                           ("expert_model_parallel_size", ep)):  # fmt: skip
             value = self._arguments.get(name)
             if isinstance(value, int) and value != said:
                 raise SourceError(
                     f"{self.directory}: the args say {name} {value}, but there are {said} such ranks "
                     f"({some(str(p.parent.name) for p in self._paths.values())}). Are rank directories missing?"
                 )
+
+        etp = self._arguments.get("expert_tensor_parallel_size")
+        if self._arguments.get("num_experts") and etp not in (None, tp):
+            raise SourceError(
+                f"{self.directory}: the args say expert_tensor_parallel_size {etp} and tensor_model_parallel_size "
+                f"{tp}: in the torch format ranks of the one overwrite files of the other, so experts are lost. Save "
+                "again in the torch_dist format."
+            )
+
+    def _local_experts(self, ep: int) -> int:
+        """Experts of one rank; 0 where the args do not say."""
+        experts = self._arguments.get("num_experts")
+        return experts // ep if isinstance(experts, int) and experts % ep == 0 else 0
 
     def _model_part(self, path: Path, root: Any) -> dict[str, Any]:
         if not isinstance(root, dict):
@@ -160,27 +176,65 @@ class _Source:
     # The model
 
     def _model(self, args: Namespace) -> tuple[ModelSpec, int]:
-        where = str(self._paths[0, 0])
-        reasons = megatron_args.unsupported(self._arguments)
+        where = str(self._paths[0, 0, 0])
+        layers = self._layers(where)
+        arguments = self._arguments if layers is None else megatron_layers.without(self._arguments)
+        everything = {name: tensor for stage in self._tensors.values() for name, tensor in stage.items()}
+        kind = "BERT" if mcore_bert.is_bert(everything) else "GPT"
+        reasons = megatron_args.unsupported(arguments, kind)
         if reasons:
             raise SourceError(f"{where}: its args describe a model that is not supported yet: {'; '.join(reasons)}.")
-        values = megatron_args.spec_of(self._arguments, where)
-        embedding = self._tensors[0, 0].get("embedding.word_embeddings.weight")
+        self._check_counts(where)
+        values = megatron_args.spec_of(arguments, where, kind) | (layers or {})
+        embedding = self._tensors[0, 0, 0].get("embedding.word_embeddings.weight")
         if embedding is None:
             raise SourceError(
-                f"{where}: has no embedding.word_embeddings.weight; it has {some(self._tensors[0, 0])}. "
+                f"{where}: has no embedding.word_embeddings.weight; it has {some(self._tensors[0, 0, 0])}. "
                 "Is this a GPT model of megatron-core?"
             )
-        padded = embedding.shape[0] * len({t for t, _ in self._paths})
+        padded = embedding.shape[0] * len({t for t, _, _ in self._paths})
+        if kind == "BERT":
+            values |= mcore_bert.fields(everything, values["activation"])
         values |= {"dtype": embedding.dtype, "vocab_size": self._vocabulary(args, padded), "family": ""}
         try:
             spec = ModelSpec(**values)  # type: ignore[arg-type]
         except SourceError as error:
             raise SourceError(f"{where}: its args: {error}") from error
-        held = sum(len(self._tensors[0, stage]) for stage in range(1 + max(p for _, p in self._paths)))
-        if spec.num_layers > held:
-            raise SourceError(f"{where}: its args say {spec.num_layers} layers, but the stages hold {held} tensors.")
         return self._named(spec), padded
+
+    def _check_counts(self, where: str) -> None:
+        """Raise SourceError for more layers or experts than tensors, before they are counted out."""
+        held = sum(len(tensors) for (t, _, _), tensors in self._tensors.items() if t == 0)
+        counts = {"num_layers": "layers", "encoder_num_layers": "layers", "mtp_num_layers": "MTP layers",
+                  "num_experts": "experts"}  # fmt: skip
+        for name, what in counts.items():
+            value = self._arguments.get(name)
+            if isinstance(value, int) and value > held:
+                raise SourceError(f"{where}: its args say {value} {what}, but the stages hold {held} tensors.")
+
+    def _layers(self, where: str) -> dict[str, Any] | None:
+        """What a model with layers of its own (--spec) is; None for one of GPTModel's.
+
+        The args hold the settings of our layers; of others, whose post_layernorm shows that they have norms behind
+        attention and the MLP, the config.json kept with the checkpoint has to tell. Raises SourceError.
+        """
+        ours = megatron_layers.stands_for(self._arguments.get("spec"))
+        if not ours and not any(".post_layernorm." in name for name in self._tensors[0, 0, 0]):
+            return None
+        told = self._arguments.get(megatron_layers.ATTRIBUTE)
+        if ours and told is not None:
+            return megatron_layers.fields(told, where)
+        for path in (self.directory / megatron_layers.FILE, self.top / megatron_layers.FILE):
+            if path.is_file():
+                return megatron_layers.fields(companions.read_json(path), str(path))
+        known = self._known()
+        if known is None:
+            raise SourceError(
+                f"{where}: its layers are not GPTModel's (--spec), and nothing says their soft caps, scales and "
+                f"multipliers. Put the {megatron_layers.FILE} they were built with, or the model's config.json as "
+                f"{companions.FOLDER}/{companions.CONFIG}, into {self.top}."
+            )
+        return megatron_layers.of(known)
 
     def _vocabulary(self, args: Namespace, padded: int) -> int:
         """Rows that are tokens. Told by a flag, noted by us, said by the args or config.json; else all rows."""
@@ -202,20 +256,26 @@ class _Source:
         )  # fmt: skip
         return padded
 
+    def _known(self) -> ModelSpec | None:
+        """The model as we noted it, or as the config.json kept with the checkpoint says."""
+        noted = (self._provenance or {}).get("spec")
+        if noted:
+            return ModelSpec.from_json(noted, str(self.directory / companions.PROVENANCE))
+        config = companions.read_config(self._companions)
+        if config is None:
+            return None
+        where = self._companions[companions.CONFIG]
+        try:
+            return families.of_config(config, where).spec(config, where)
+        except CkptconvError as error:
+            log.warning("loader: the config.json kept with the checkpoint is of no use: %s", error)
+            return None
+
     def _named(self, spec: ModelSpec) -> ModelSpec:
         """The family, and the biases that were only written because Megatron's linears have all or none."""
-        noted = (self._provenance or {}).get("spec")
-        known = ModelSpec.from_json(noted, str(self.directory / companions.PROVENANCE)) if noted else None
+        known = self._known()
         if known is None:
-            config = companions.read_config(self._companions)
-            if config is None:
-                return spec
-            try:
-                where = self._companions[companions.CONFIG]
-                known = families.of_config(config, where).spec(config, where)
-            except CkptconvError as error:
-                log.warning("loader: the config.json kept with the checkpoint is of no use: %s", error)
-                return spec
+            return spec
         ignore = ("family", "dtype", "seq_length", "qkv_bias", "dense_bias", "mlp_bias", "vocab_size")
         same = not differences(known, spec, (*ignore, "rope", "max_position_embeddings"))
         if not same or mcore.target_spec(known) != mcore.target_spec(known.replace(
@@ -264,13 +324,15 @@ class _Source:
     # Names: every tensor is used or ignored by a rule
 
     def _placed(self, message: Expected) -> list[Placement]:
-        return place(self._table, message, self._stored, self.layout, self.padded)
+        if message.name not in self._places:
+            placed = place(self._table, message, self._stored, self.layout, self.padded)
+            self._places[message.name] = placed
+        return self._places[message.name]
 
     def _check_names(self) -> None:
+        placed = [p for m in self._messages.values() for p in self._placed(m)]
         for rank, path in self._paths.items():
-            wanted = {
-                p.name: p for m in self._messages.values() for p in self._placed(m) if p.stage == rank[1]
-            }
+            wanted = {p.name: p for p in placed if p.stage == rank[1] and rank[2] in p.ep_ranks}
             there = self._tensors[rank]
             missing = [name for name in wanted if name not in there]
             extra = [name for name in there if name not in wanted]
@@ -288,7 +350,7 @@ class _Source:
                         f"{path}: {name} is {list(there[name].shape)}, expected {list(placement.part_shape)} "
                         f"from the args (tp {self.layout.tp})."
                     )
-                first = self._tensors[0, rank[1]][name]
+                first = self._tensors[0, rank[1], placement.ep_ranks[0]][name]
                 if there[name].dtype != first.dtype:
                     raise SourceError(f"{path}: {name} is {there[name].dtype}, on rank 0 it is {first.dtype}.")
 
@@ -296,29 +358,38 @@ class _Source:
         """Tensors that every rank has must be the same on all: a free check of the checkpoint's integrity."""
         for message in self._messages.values():
             for placement in self._placed(message):
-                if placement.row.cut.replicated:
-                    self._check_equal(placement)
-                if placement.row.last_stage:
-                    self._check_tied(placement)
+                for t in range(1 if placement.row.cut.replicated else self.layout.tp):
+                    self._check_equal(placement, t)
+                if placement.row.copy:
+                    self._check_copy(message, placement)
 
-    def _check_equal(self, placement: Placement) -> None:
-        first = self._tensors[0, placement.stage][placement.name]
-        for rank in range(1, self.layout.tp):
-            if not lazy.equal(first, self._tensors[rank, placement.stage][placement.name]):
-                path = self._paths[rank, placement.stage]
+    def _check_equal(self, placement: Placement, t: int) -> None:
+        """The part of tensor rank `t` on all expert ranks, or on every rank what none of them cuts."""
+        first, *others = (
+            (rank, self._tensors[rank][placement.name])
+            for rank in self._paths
+            if rank[1] == placement.stage and rank[2] in placement.ep_ranks
+            and (rank[0] == t or placement.row.cut.replicated)
+        )  # fmt: skip
+        for rank, tensor in others:
+            if not lazy.equal(first[1], tensor):
                 raise SourceError(
-                    f"{path}: {placement.name} differs from rank 0's, but every rank must hold the same. "
-                    "The ranks have drifted apart or are of different checkpoints."
+                    f"{self._paths[rank]}: {placement.name} differs from that in {self._paths[first[0]].parent.name}, "
+                    "but both ranks must hold the same. The ranks have drifted apart or are of different checkpoints."
                 )
 
-    def _check_tied(self, placement: Placement) -> None:
-        for rank in range(self.layout.tp):
-            last = self._tensors[rank, placement.stage][placement.name]
-            first = self._tensors[rank, 0]["embedding.word_embeddings.weight"]
-            if not lazy.equal(first, last):
+    def _check_copy(self, message: Expected, placement: Placement) -> None:
+        """A tensor that repeats another of the same model."""
+        key = placement.keys[0]
+        first = next(p for p in self._placed(message) if key in p.keys and not p.row.copy)
+        for t in range(self.layout.tp):
+            rank = (t, placement.stage, 0)
+            one, other = self._tensors[t, first.stage, 0][first.name], self._tensors[rank][placement.name]
+            if not lazy.equal(one, other):
                 raise SourceError(
-                    f"{self._paths[rank, placement.stage]}: {placement.name} differs from the embedding on the first "
-                    "stage, but the args say they are tied (untie_embeddings_and_output_weights is False)."
+                    f"{self._paths[rank]}: {placement.name} differs from {first.name} on stage {first.stage}, but the "
+                    "args of the checkpoint make them one (untie_embeddings_and_output_weights, mtp_num_layers, or the "
+                    "shared norm of custom layers)."
                 )
 
     # The stream
@@ -334,6 +405,7 @@ class _Source:
             iteration=self.iteration,
             tp=self.layout.tp,
             pp=self.layout.pp,
+            ep=self.layout.ep,
             make_vocab_size_divisible_by=divisor if isinstance(divisor, int) else None,
             tokenizer_type=kind if isinstance(kind, str) else None,
             tokenizer_model=model if isinstance(model, str) else None,
@@ -344,11 +416,23 @@ class _Source:
         return {key: self._joined(self._messages[message.name], key) for key in message.shapes}
 
     def _joined(self, message: Expected, key: str) -> LazyTensor:
-        placement = next(p for p in self._placed(message) if key in p.keys and not p.row.last_stage)
-        tiles = placement.tiles(key)
-        if placement.row.cut.replicated:
-            tiles = tiles[:1]
-        parts = [self._tensors[rank, placement.stage][placement.name] for rank in range(self.layout.tp)]
-        whole = assemble(tiles, parts, placement.shapes[placement.keys.index(key)])
+        tiles: list[Tile] = []
+        parts: list[LazyTensor] = []
+        shape = message.shapes[key]
+        for placement in self._placed(message):
+            if key not in placement.keys or placement.row.copy:
+                continue
+            ranks = 1 if placement.row.cut.replicated else self.layout.tp
+            tiles += [
+                replace(tile, part=tile.part + len(parts)) for tile in placement.tiles(key) if tile.part < ranks
+            ]
+            parts += [self._part((t, placement.stage, placement.ep_ranks[0]), placement) for t in range(ranks)]
+            if placement.expert is None:
+                shape = placement.shapes[placement.keys.index(key)]
+        whole = assemble(tiles, parts, shape)
         rows = message.shapes[key][0]
         return whole if whole.shape[0] == rows else whole.narrow_rows(0, rows)
+
+    def _part(self, rank: rankdir.Rank, placement: Placement) -> LazyTensor:
+        tensor = self._tensors[rank][placement.name]
+        return tensor.seen(placement.seen_shape) if placement.row.vector else tensor

@@ -6,21 +6,26 @@ import json
 import logging
 import re
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ckptconv import companions, dtypes, families, numbers, writing
+from ckptconv import companions, dtypes, families, lazy, numbers, ops, writing
 from ckptconv.containers import safetensors
 from ckptconv.containers.plan import Slot
 from ckptconv.errors import TargetError, some
-from ckptconv.families.family import NOT_IN_CONFIG, Family
+from ckptconv.families import quantised
+from ckptconv.families.family import NOT_IN_CONFIG, Family, Row
 from ckptconv.families.rope import dual
-from ckptconv.messages import expected
+from ckptconv.lazy import LazyTensor, matrix
+from ckptconv.messages import Expected, expected
 from ckptconv.metadata import Metadata
-from ckptconv.ops import Tile
+from ckptconv.ops import PLAIN, Tile
+from ckptconv.quantised import Fp8Codes, Fp8Scales, rounded
 from ckptconv.spec import ModelSpec, differences
 from ckptconv.staging import Staging
-from ckptconv.writing import Route, Routes
+from ckptconv.writing import Build, Route, Routes
 
 log = logging.getLogger("ckptconv.saver")
 
@@ -38,6 +43,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("saver hf")
     group.add_argument("--max-shard-size", type=numbers.size, default=numbers.size("5GB"), metavar="SIZE",
                        help="largest weight file, such as 5GB or 500MB (default 5GB)")  # fmt: skip
+    group.add_argument("--quantize", choices=("fp8",),
+                       help="write linears as DeepSeek-V3 does: E4M3 with a scale per block of 128x128")  # fmt: skip
 
 
 def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
@@ -45,10 +52,14 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
     with Staging(args.save_dir, overwrite=args.overwrite, resume=args.resume) as staging:
         metadata = queue.metadata()
         family, config, notes = _config(metadata, args)
-        shards, routes = _plan(metadata, family, args.max_shard_size)
+        coded = getattr(args, "quantize", None) is not None
+        if coded:
+            config = {**config, **_quantization(metadata.spec, family)}
+            notes.append("linears are quantised to fp8 in blocks of 128x128: digests are of what is read back.")
+        shards, routes, builds, reread = _plan(metadata, family, args.max_shard_size, coded)
         plans = {name: safetensors.plan(slots) for name, slots in shards.items()}
-        mark = writing.fingerprint(metadata, saver="hf", max_shard_size=args.max_shard_size)
-        written = writing.write(queue, staging, plans, routes, [], metadata, args, mark)
+        mark = writing.fingerprint(metadata, saver="hf", max_shard_size=args.max_shard_size, fp8=coded)
+        written = writing.write(queue, staging, plans, routes, [], metadata, args, mark, builds, reread)
         for name, path in metadata.origin.companions.items():
             if name != companions.CONFIG:
                 staging.add(name, Path(path).read_bytes())
@@ -74,13 +85,16 @@ def _config(metadata: Metadata, args: Namespace) -> tuple[Family, dict[str, Any]
     """(family, config.json to write, what to tell the user). The source's own file is kept when it says this model."""
     spec, notes = metadata.spec, []
     original = companions.read_config(metadata.origin.companions)
+    if original is not None and quantised.KEY in original:
+        original = quantised.without(original, spec.dtype)
+        notes.append(f"config.json says {spec.dtype}, where the source's says {quantised.KEY}.")
     if original is not None:
         where = metadata.origin.companions[companions.CONFIG]
         family = families.of_config(original, where)
         said = family.spec(original, where)
         unlike = differences(said, spec, NOT_IN_CONFIG)
         if not unlike:
-            config = dual(original)
+            config = family.spelled(dual(original, family.rope, family.tied_by_default))
             stored = original.get("torch_dtype") or original.get("dtype")
             # An HF source whose config asks for a conversion at load time keeps asking for it.
             ours = bool(args.dtype_name) or metadata.origin.format != "hf"
@@ -131,30 +145,154 @@ def _generation_config(config: dict[str, Any]) -> bytes:
     return (json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n").encode()
 
 
-def _plan(metadata: Metadata, family: Family, limit: int) -> tuple[dict[str, list[Slot]], Routes]:
-    """(file -> slots, where each message tensor goes). Shards are filled in message order up to `limit` bytes."""
+def _quantization(spec: ModelSpec, family: Family) -> dict[str, Any]:
+    """What config.json says of quantised weights. Raises TargetError for what fp8 blocks cannot store."""
+    placed = [(message, row) for message in expected(spec) for row in family.rows_of(message, spec)]
+    reasons = quantised.refusals(family, spec, [row for _, row in placed])
+    if reasons:
+        raise TargetError(f"--quantize fp8: {some(reasons)}. Nothing was written.")
+    skipped = []
+    for message, row in placed:
+        if message.layer is not None and not quantised.is_linear(row):
+            shapes = row.op.part_shapes(row.shapes(message), spec)
+            names = [family.written(name, spec) for name in row.stored(message.layer, spec)]
+            skipped += [n.removesuffix(".weight") for n, shape in zip(names, shapes, strict=True) if len(shape) > 1]
+    dtype = {"torch_dtype": spec.dtype, "dtype": spec.dtype}
+    return {**dtype, quantised.KEY: quantised.config_of(family, skipped)}
+
+
+class _Split:
+    """Stored tensors made of those of a message. The last message's are kept, as each is asked for one by one."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._tensors: dict[str, LazyTensor] = {}
+        self._made: dict[int, list[LazyTensor]] = {}
+
+    def row(self, tensors: dict[str, LazyTensor], row: Row) -> list[LazyTensor]:
+        """What a row stores, as its op has it."""
+        if tensors is not self._tensors:
+            self._tensors, self._made = tensors, {}
+        if id(row) not in self._made:
+            self._made[id(row)] = ops.split(row.op, [tensors[key] for key in row.keys], self._spec)
+        return self._made[id(row)]
+
+    def stored(self, tensors: dict[str, LazyTensor], row: Row, part: int) -> LazyTensor:
+        """A stored tensor that is not made of rectangles of message tensors."""
+        return row.view.stored(self.row(tensors, row)[part])
+
+    def codes(self, tensors: dict[str, LazyTensor], row: Row, part: int, name: str) -> LazyTensor:
+        """The codes of a quantised weight."""
+        return Fp8Codes(self.row(tensors, row)[part], quantised.BLOCK, name)
+
+    def scales(self, tensors: dict[str, LazyTensor], row: Row, part: int, name: str) -> LazyTensor:
+        """The scales of a quantised weight."""
+        return Fp8Scales(self.row(tensors, row)[part], quantised.BLOCK, name)
+
+    def reread(self, tensors: dict[str, LazyTensor], rows: list[tuple[Row, list[str]]]) -> dict[str, LazyTensor]:
+        """Message tensors that are quantised, as they are read back, or not stored. Raises TargetError."""
+        made: dict[str, LazyTensor] = {}
+        for row, names in rows:
+            if isinstance(row.op, ops.Constant):
+                self.check(tensors, row, row.op)
+                continue
+            stored = zip(self.row(tensors, row), names, strict=True)
+            parts = [rounded(part, quantised.BLOCK, self._spec.dtype, name) for part, name in stored]
+            wholes = ops.fuse(row.op, parts, [tensors[key].shape for key in row.keys], self._spec)
+            made |= zip(row.keys, wholes, strict=True)
+        return made
+
+
+    def check(self, tensors: dict[str, LazyTensor], row: Row, op: ops.Constant) -> None:
+        """Raise TargetError unless keys that are not stored are what a reader takes them for."""
+        for key in row.keys:
+            if not lazy.equal(tensors[key], op.whole(tensors[key].shape, tensors[key].dtype)):
+                raise TargetError(
+                    f"{key!r} is not {int(op.ones)} everywhere, but a model of this family has no such tensor to store "
+                    "it in: it was trained, and would be lost."
+                )
+
+
+Reread = dict[str, Callable[[dict[str, LazyTensor]], dict[str, LazyTensor]]]
+
+
+def _plan(
+    metadata: Metadata, family: Family, limit: int, coded: bool
+) -> tuple[dict[str, list[Slot]], Routes, dict[str, list[Build]], Reread]:
+    """(file -> slots, where each message tensor goes, what is made of those of a message, what is read back).
+
+    Shards are filled in message order up to `limit` bytes. `coded`: linears are quantised.
+    """
     spec = metadata.spec
     groups: list[list[Slot]] = [[]]
-    placed: list[tuple[str, str, list[Tile], list[tuple[str, int]]]] = []
+    filled = 0
+    where: dict[str, int] = {}
+    placed: list[tuple[Expected, Row, list[str]]] = []
+    copies: list[tuple[str, str, str]] = []
+
+    def add(slot: Slot) -> None:
+        nonlocal filled
+        if groups[-1] and filled + slot.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(slot)
+        filled += slot.nbytes
+        where[slot.name] = len(groups) - 1
+
     for message in expected(spec):
-        for key, shape in message.shapes.items():
-            row = family.row(message.template, key)
-            where = []
-            for name, part in zip(row.names, row.op.part_shapes(shape, spec), strict=True):
-                slot = Slot(name.format(i=message.layer), metadata.dtype(message.name, key), part)
-                if groups[-1] and sum(s.nbytes for s in groups[-1]) + slot.nbytes > limit:
-                    groups.append([])
-                groups[-1].append(slot)
-                where.append((slot.name, len(groups) - 1))
-            placed.append((message.name, key, row.op.tiles(shape, spec), where))
+        for row in family.rows_of(message, spec):
+            keys = row.shapes(message)
+            names = [family.written(name, spec) for name in row.stored(message.layer, spec)]
+            dtype = _dtype(metadata, message, row)
+            for name, part in zip(names, row.op.part_shapes(keys, spec), strict=True):
+                if coded and quantised.is_linear(row):
+                    for slot in quantised.slots(name, part):
+                        add(slot)
+                else:
+                    add(Slot(name, dtype, row.view.shape(part)))
+            placed.append((message, row, names))
+        for duplicate in family.duplicates:
+            if duplicate.written and duplicate.message == message.name and duplicate.when(spec):
+                for name in duplicate.stored(spec):
+                    dtype = metadata.dtype(message.name, duplicate.key)
+                    add(Slot(name, dtype, message.shapes[duplicate.key]))
+                    copies.append((message.name, duplicate.key, name))
     count = len(groups)
     files = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
     files = files if count > 1 else ["model.safetensors"]
-    routes = {
-        (message, key): Route([(files[where[t.part][1]], where[t.part][0], t) for t in tiles])
-        for message, key, tiles, where in placed
-    }
-    return dict(zip(files, groups, strict=True)), routes
+    routes: Routes = {}
+    builds: dict[str, list[Build]] = {}
+    changed: dict[str, list[tuple[Row, list[str]]]] = {}
+    split = _Split(spec)
+    for message, row, names in placed:
+        quantise = coded and quantised.is_linear(row)
+        for index, key in enumerate(row.keys):
+            tiles = row.op.tiles(row.shapes(message), index, spec) if row.view == PLAIN and not quantise else []
+            routes[message.name, key] = Route([(files[where[names[t.part]]], names[t.part], t) for t in tiles])
+        own = builds.setdefault(message.name, []) if row.view != PLAIN or quantise else []
+        for number, name in enumerate(names if quantise else ()):
+            codes, scales = (partial(make, row=row, part=number, name=name) for make in (split.codes, split.scales))
+            own.append(Build(files[where[name]], name, codes))
+            own.append(Build(files[where[name + quantised.SUFFIX]], name + quantised.SUFFIX, scales))
+        for number, name in enumerate(names if row.view != PLAIN else ()):
+            own.append(Build(files[where[name]], name, partial(split.stored, row=row, part=number)))
+        if quantise or isinstance(row.op, ops.Constant):
+            changed.setdefault(message.name, []).append((row, names))
+    for message_name, key, name in copies:
+        rows, cols = matrix(groups[where[name]][[s.name for s in groups[where[name]]].index(name)].shape)
+        routes[message_name, key].targets.append((files[where[name]], name, Tile(0, 0, 0, 0, 0, rows, cols)))
+    reread: Reread = {name: partial(split.reread, rows=rows) for name, rows in changed.items()}
+    return dict(zip(files, groups, strict=True)), routes, builds, reread
+
+
+def _dtype(metadata: Metadata, message: Expected, row: Row) -> str:
+    kinds = {metadata.dtype(message.name, key) for key in row.keys}
+    if len(kinds) > 1 and len(row.keys) > len(row.names):
+        raise TargetError(
+            f"{row.names[0]}: its parts {' and '.join(row.keys)} are {' and '.join(sorted(kinds))}, but it is one "
+            "tensor there. Give --dtype to convert all weights."
+        )
+    return metadata.dtype(message.name, row.keys[0])
 
 
 def _index(shards: dict[str, list[Slot]]) -> bytes:

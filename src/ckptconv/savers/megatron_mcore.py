@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -11,8 +12,8 @@ from ckptconv import companions, numbers, writing
 from ckptconv.containers import rankdir, torchzip
 from ckptconv.containers.inert import DTypeName
 from ckptconv.containers.plan import PlannedFile, Slot
-from ckptconv.errors import TargetError, UsageError
-from ckptconv.formats import mcore, megatron_args
+from ckptconv.errors import LayoutError, TargetError, UsageError
+from ckptconv.formats import mcore, megatron_args, megatron_layers
 from ckptconv.layout import Layout
 from ckptconv.lazy import LazyTensor, Zeros
 from ckptconv.messages import expected
@@ -36,7 +37,16 @@ def add_arguments(parser: ArgumentParser) -> None:
                        help="tensor parallel size (default: the source's, else 1)")  # fmt: skip
     group.add_argument("--target-pipeline-parallel-size", "--target-pp", type=numbers.positive, metavar="N",
                        help="pipeline parallel size (default: the source's, else 1)")  # fmt: skip
-    group.add_argument("--saver-transformer-impl", choices=tuple(mcore.TABLES), default="transformer_engine",
+    group.add_argument("--target-expert-parallel-size", "--target-ep", type=numbers.positive, metavar="N",
+                       help="expert parallel size (default: the source's, else 1)")  # fmt: skip
+    group.add_argument("--target-expert-tensor-parallel-size", "--target-etp", type=numbers.positive,
+                       metavar="N", help="the same for experts; the torch format has it equal to tp")  # fmt: skip
+    group.add_argument("--moe-grouped-gemm", action="store_true",
+                       help="write experts as TEGroupedMLP names them (train with the same flag)")  # fmt: skip
+    group.add_argument("--mtp-module", choices=mcore.MTP_MODULES, default=mcore.MTP_MODULES[0],
+                       help="what MTP layers call the layer inside: mtp_model_layer (default, from 0.17 on) "
+                       "or transformer_layer (before)")  # fmt: skip
+    group.add_argument("--saver-transformer-impl", choices=mcore.IMPLEMENTATIONS, default="transformer_engine",
                        help="whose tensor names to write (default transformer_engine)")  # fmt: skip
     group.add_argument("--make-vocab-size-divisible-by", type=numbers.positive, metavar="N",
                        help="pad the vocabulary to a multiple of N * tp (default: the source's, else 128)")  # fmt: skip
@@ -44,6 +54,9 @@ def add_arguments(parser: ArgumentParser) -> None:
                        help="padding rows: zeros, copies of the last row, or the mean row (default zero)")  # fmt: skip
     group.add_argument("--iteration", metavar="N|release", type=rankdir.iteration,
                        help="which iteration to write, and to read (default: the source's, else 1)")  # fmt: skip
+    group.add_argument("--custom-layers", action="store_true",
+                       help="write for the layers of examples/megatron_layers (--spec), which express more models"
+                       )  # fmt: skip
     group.add_argument("--allow-inexact", action="store_true",
                        help="write even if Megatron computes something else from it; what differs is said")  # fmt: skip
     group.add_argument("--tokenizer-type", metavar="NAME", help="written into the checkpoint's args")
@@ -67,6 +80,9 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
         )
         small = [ARGS_FILE]
         staging.add(ARGS_FILE, target.args_file())
+        if target.layers:
+            small.append(megatron_layers.FILE)
+            staging.add(megatron_layers.FILE, (json.dumps(target.layers, indent=2) + "\n").encode())
         for name, path in metadata.origin.companions.items():
             staging.add(f"{companions.FOLDER}/{name}", Path(path).read_bytes())
         if metadata.origin.companions:
@@ -86,10 +102,19 @@ class _Target:
         self.spec: ModelSpec = mcore.target_spec(metadata.spec)
         tp = args.target_tensor_parallel_size or metadata.tp or 1
         pp = args.target_pipeline_parallel_size or metadata.pp or 1
-        self.layout = Layout(self.spec.num_layers, tp, pp)
+        moe = self.spec.moe
+        ep = args.target_expert_parallel_size or (metadata.ep if moe else None) or 1
+        self.layout = Layout(self.spec.num_layers, tp, pp, ep, moe.num_experts if moe else 0)
+        etp = args.target_expert_tensor_parallel_size or tp
+        if etp != tp:
+            raise LayoutError(
+                f"--target-expert-tensor-parallel-size {etp} with tensor parallel size {tp}: in the torch format every "
+                "tensor rank has its own file, so experts are cut over as many ranks as all else. Leave the flag out, "
+                "or make both equal."
+            )
         self._divisor = args.make_vocab_size_divisible_by or metadata.make_vocab_size_divisible_by or 128
         self.padded = mcore.padded_vocab(self.spec.vocab_size, self._divisor, tp)
-        self._impl = args.saver_transformer_impl
+        self._impl, self._grouped = args.saver_transformer_impl, bool(moe) and args.moe_grouped_gemm
         self.tokenizer = (
             args.tokenizer_type or metadata.tokenizer_type,
             args.tokenizer_model or _tokenizer_folder(metadata, args.save_dir),
@@ -98,25 +123,43 @@ class _Target:
         if self.iteration == 0:
             raise UsageError("--iteration 0: Megatron takes no iteration 0; give another number, or release.")
         self._number = 0 if isinstance(self.iteration, str) else self.iteration  # as Megatron counts a release
+        self.layers = megatron_layers.settings(metadata.spec) if args.custom_layers else None
+        self._module = (megatron_layers.MODULE, megatron_layers.OBJECTS[self._impl]) if self.layers else None
         self.directory = rankdir.iteration_name(self.iteration)
         self.limits = self._expressible(args.allow_inexact)
         self.flags = {
-            "tp": tp, "pp": pp, "transformer_impl": self._impl, "padded_vocab_size": self.padded,
-            "make_vocab_size_divisible_by": self._divisor, "iteration": self.iteration,
+            "tp": tp, "pp": pp, "ep": ep, "moe_grouped_gemm": self._grouped, "transformer_impl": self._impl,
+            "padded_vocab_size": self.padded, "make_vocab_size_divisible_by": self._divisor,
+            "iteration": self.iteration,
+            **({"custom_layers": list(self._module)} if self._module else {}),
+            **({"mtp_module": args.mtp_module} if self.spec.mtp_layers else {}),
         }  # fmt: skip
-        self._placements = list(placements(mcore.TABLES[self._impl], self.spec, self.layout, self.padded))
+        table = mcore.table(self._impl, self._grouped, args.mtp_module, self.spec.model_type == "BERT")
+        self._placements = list(placements(table, self.spec, self.layout, self.padded))
         self.plans = self._files()
         self.routes, self.fills = self._ways()
 
+    @property
+    def _described(self) -> ModelSpec:
+        """The model as the trainer's flags say it: they know norms on queries and keys of one kind only."""
+        spec = self._metadata.spec
+        return spec.replace(qk_norm="head") if self.layers and spec.qk_norm else spec
+
     def _expressible(self, allowed: bool) -> list[str]:
-        refusals = megatron_args.refusals(self._metadata.spec)
+        spec = self._metadata.spec
+        rules = megatron_layers if self.layers else megatron_args
+        refusals = (
+            megatron_layers.refusals(spec) if self.layers else megatron_args.refusals(spec, tp=self.layout.tp)
+        )
         if refusals and not allowed:
             reasons = "\n".join(f"  - {reason}" for reason in refusals)
+            helps = not self.layers and not megatron_layers.refusals(self._metadata.spec)
             raise TargetError(
-                f"megatron-core cannot express this model:\n{reasons}\n"
-                "Nothing was written. --allow-inexact writes the weights all the same."
+                f"megatron-core cannot express this model:\n{reasons}\nNothing was written. "
+                + ("--custom-layers writes it for layers that can (examples/megatron_layers). " if helps else "")
+                + "--allow-inexact writes the weights all the same."
             )
-        limits = [*refusals, *megatron_args.limits(self._metadata.spec)]
+        limits = [*refusals, *rules.limits(self._metadata.spec)]
         if self.layout.tp > self.spec.num_query_groups:
             # transformer_config.py asserts num_query_groups % tp == 0 up to core_v0.15.0.
             limits.append(
@@ -134,44 +177,55 @@ class _Target:
             )
         return kinds.pop()
 
-    def _name(self, rank: int, stage: int) -> str:
-        return f"{self.directory}/{rankdir.directory_name(rank, stage, self.layout.pp)}/{rankdir.FILE}"
+    def _name(self, rank: rankdir.Rank) -> str:
+        return f"{self.directory}/{rankdir.directory_name(rank, self.layout.pp, self.layout.ep)}/{rankdir.FILE}"
 
     def _files(self) -> dict[str, PlannedFile]:
         arguments = Namespace(
             **megatron_args.namespace(
-                self._metadata.spec, tp=self.layout.tp, pp=self.layout.pp, padded_vocab_size=self.padded,
-                make_vocab_size_divisible_by=self._divisor, transformer_impl=self._impl,
+                self._described, tp=self.layout.tp, pp=self.layout.pp, ep=self.layout.ep,
+                padded_vocab_size=self.padded, make_vocab_size_divisible_by=self._divisor, transformer_impl=self._impl,
                 iteration=self._number, tokenizer_type=self.tokenizer[0],
                 tokenizer_model=self.tokenizer[1], params_dtype=DTypeName(self.spec.dtype),
-                inexact=True,
-            )
+                grouped_gemm=self._grouped, inexact=True, spec_module=self._module,
+            ),
+            **({megatron_layers.ATTRIBUTE: self.layers} if self.layers else {}),
         )  # fmt: skip
-        slots: dict[int, dict[str, Slot]] = {stage: {} for stage in range(self.layout.pp)}
+        slots: dict[tuple[int, int], dict[str, Slot]] = {
+            (stage, rank): {} for _, stage, rank in self.layout.ranks()
+        }
         for placement in self._placements:
-            slot = Slot(placement.name, self._dtype(placement), placement.part_shape)
-            if placement.name in slots[placement.stage]:
-                raise TargetError(f"stage {placement.stage}: {placement.name} is planned twice")
-            slots[placement.stage][placement.name] = slot
-        return {
-            self._name(rank, stage): torchzip.plan({
+            seen = placement.seen_shape if placement.row.vector else None
+            slot = Slot(placement.name, self._dtype(placement), placement.part_shape, seen)
+            for ep_rank in placement.ep_ranks:
+                there = slots[placement.stage, ep_rank]
+                if placement.name in there:
+                    raise TargetError(f"stage {placement.stage}: {placement.name} is planned twice")
+                there[placement.name] = slot
+        # All tensor ranks have the same shapes, so one plan serves them.
+        plans = {
+            place: torchzip.plan({
                 "args": arguments,
                 "checkpoint_version": 3.0,
                 "iteration": self._number,
-                "model": slots[stage],
+                "model": model,
                 "num_floating_point_operations_so_far": 0,
             })
-            for rank, stage in self.layout.ranks()
+            for place, model in slots.items()
         }  # fmt: skip
+        return {self._name(rank): plans[rank[1], rank[2]] for rank in self.layout.ranks()}
 
     def _ways(self) -> tuple[Routes, list[tuple[LazyTensor, Route]]]:
         sent = {m.name: m.shapes for m in expected(self._metadata.spec)}
+        names = {rank: self._name(rank) for rank in self.layout.ranks()}
         routes: Routes = {}
         fills: list[tuple[LazyTensor, Route]] = []
         for placement in self._placements:
             for key, shape in zip(placement.keys, placement.shapes, strict=True):
                 targets = [
-                    (self._name(tile.part, placement.stage), placement.name, tile) for tile in placement.tiles(key)
+                    (names[tile.part, placement.stage, ep_rank], placement.name, tile)
+                    for tile in placement.tiles(key)
+                    for ep_rank in placement.ep_ranks
                 ]
                 if key not in sent[placement.message]:
                     # A bias the model lacks, where Megatron's linears have all or none.
@@ -190,9 +244,10 @@ class _Target:
         ]
         lines += [f"# Beyond these flags: {sentence}" for sentence in self.limits]
         lines += megatron_args.flags(
-            self._metadata.spec, tp=self.layout.tp, pp=self.layout.pp, make_vocab_size_divisible_by=self._divisor,
-            transformer_impl=self._impl, tokenizer_type=self.tokenizer[0], tokenizer_model=self.tokenizer[1],
-            padded_vocab_size=self.padded, inexact=True,
+            self._described, tp=self.layout.tp, pp=self.layout.pp, ep=self.layout.ep,
+            make_vocab_size_divisible_by=self._divisor, transformer_impl=self._impl,
+            tokenizer_type=self.tokenizer[0], tokenizer_model=self.tokenizer[1],
+            padded_vocab_size=self.padded, grouped_gemm=self._grouped, inexact=True, spec_module=self._module,
         )  # fmt: skip
         return ("\n".join(lines) + "\n").encode()
 
