@@ -10,6 +10,7 @@ from pathlib import Path
 import memory
 import models
 import overhead
+import scale
 import speed
 
 README = Path(__file__).parent.parent / "README.md"
@@ -32,6 +33,8 @@ def main() -> None:
         *memory.HEAD, *memory.measure(["0.5GB", "2GB", "8GB"], wanted.directory),
         "",
         *overhead.HEAD, *overhead.measure(wanted.directory),
+        "",
+        *scale.HEAD, *scale.measure(list(scale.LAYOUTS), 5, wanted.directory),
     ]  # fmt: skip
     before, rest = README.read_text().split("<!-- measured -->")
     after = rest.split("<!-- end -->", 1)[1]

@@ -375,3 +375,23 @@ def logits(directory: str | Path, ids: torch.Tensor) -> torch.Tensor:
     names = ("logits", "prediction_logits", "last_hidden_state")
     out: torch.Tensor = next(found[name] for name in names if name in found)
     return out
+
+
+def mtp_logits(directory: str | Path, ids: torch.Tensor) -> torch.Tensor:
+    """What transformers' own MTP layer, which it loads for speculative decoding, computes from [b, s]: [b, s, v].
+
+    Its input at a position is the hidden state there and the next token, which after the last is token 0.
+    """
+    import torch
+    from transformers.modeling_layers import MtpModel
+
+    model = load(directory)
+    # Which names are MTP's is only known for the sizes of the released models.
+    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_hidden_layers}\."]
+    further: Any = MtpModel.from_pretrained(model)
+    following = torch.cat([ids[:, 1:], torch.zeros_like(ids[:, :1])], 1)
+    positions = torch.arange(1, ids.shape[1] + 1)[None]
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        out: torch.Tensor = model.lm_head(further.eval().forward_layer(0, hidden, positions, None, input_ids=following))
+    return out

@@ -129,8 +129,8 @@ def run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
 
 def _run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
     started = time.monotonic()
-    memory = measure.Memory()
     process = _Saver(saver, args)
+    memory = measure.Memory()  # not before: a Ctrl-C that another thread takes is not held back while the saver starts
     sender = transport.Sender(
         process.queue, process.returned, checking=args.checking, dtype=args.dtype_name,
         loader=loader.name, memory=_budget(args, saver), alive=process.alive, model_type=args.model_type,
@@ -161,7 +161,7 @@ def _run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
 
 
 #: What a saver's process holds for itself: one of ours, and one of others that has imported torch.
-OURS, WITH_TORCH = 48 << 20, 384 << 20
+OURS, WITH_TORCH = 96 << 20, 384 << 20
 
 
 def _budget(args: Namespace, saver: Plugin) -> transport.Budget:

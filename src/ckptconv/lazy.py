@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 #: Bytes of a block of a transposed tensor: rows of it are columns of a file, and few columns cost as much as all.
-TALL = 32 << 20
+TALL = 8 << 20
 #: From this ratio of a row to what is wanted of it on, rows are read one by one.
 FAR = 4
 

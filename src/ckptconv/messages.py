@@ -227,6 +227,9 @@ MESSAGES: tuple[tuple[str, tuple[Key, ...], Callable[[ModelSpec], int]], ...] = 
 #: Keys of a layer with experts that hold one slice per expert: what `experts i:j` messages are cut from.
 EXPERT_KEYS = tuple(dict.fromkeys(key.name for key in LAYER if key.shape[0] == "e" and key.name.startswith("mlp ")))
 
+#: Keys that stay in fp32 when all else is converted: what reads them computes with them in fp32.
+IN_FP32 = ("router score correction bias",)
+
 #: Names of older plugins, message by message: what they say -> what we say. Used in both directions.
 MESSAGE_ALIASES = {"final layernorm": "final norm", "final layer norm": "final norm"}
 KEY_ALIASES = {

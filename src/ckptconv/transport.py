@@ -24,7 +24,7 @@ from ckptconv import dtypes, families, lazy, metadata
 from ckptconv.errors import ProtocolError, UsageError
 from ckptconv.lazy import Cast, FileTensor, LazyTensor
 from ckptconv.measure import resident
-from ckptconv.messages import KEY_ALIASES, MESSAGE_ALIASES, Course, Expected, canonical, check
+from ckptconv.messages import IN_FP32, KEY_ALIASES, MESSAGE_ALIASES, Course, Expected, canonical, check, expected
 from ckptconv.metadata import Metadata
 
 log = logging.getLogger("ckptconv")
@@ -475,5 +475,10 @@ def _trim_vocabulary(message: dict[str, Any], want: Expected) -> None:
 
 
 def _cast_metadata(known: Metadata, dtype: str) -> Metadata:
-    """The same model stored as `dtype` throughout: `--dtype` asks for every tensor to be converted."""
-    return replace(known, spec=known.spec.replace(dtype=dtype), dtypes={})
+    """The same model stored as `dtype`: `--dtype` asks for every tensor to be converted, but for `IN_FP32`."""
+    kept = {
+        message.name: {key: "float32" for key in IN_FP32 if key in message.shapes}
+        for message in expected(known.spec)
+        if any(key in message.shapes and known.dtype(message.name, key) == "float32" for key in IN_FP32)
+    }
+    return replace(known, spec=known.spec.replace(dtype=dtype), dtypes=kept)

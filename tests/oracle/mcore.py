@@ -297,7 +297,8 @@ def _save(model: torch.nn.Module, case: Case, t: int, p: int, e: int) -> None:
             module.config.bf16 = True
     for name, value in model.named_parameters():
         mine = (t, e) if ".experts." in name else (t,) if getattr(value, "tensor_model_parallel", False) else ()
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {p} {mine}".encode()))
+        stage = p if "layers." in name else 0  # MTP's copy of the embedding is that of the first stage
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {stage} {mine}".encode()))
         noise = torch.randn(value.shape, generator=generator)
         value.data.copy_(noise / value.shape[1] ** 0.5 if value.dim() == 2 else 1 + 0.2 * noise)
     source = _rank_file(case, t, p, e)

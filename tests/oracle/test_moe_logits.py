@@ -1,6 +1,7 @@
 """Experts, latent attention and MTP give the logits of transformers in NVIDIA's own model, at every kind of layout.
 
-transformers does not load MTP layers: their logits are composed here of its modules, as DeepSeek's report says.
+Legacy GroupedMLP goes the other way: megatron-core's own class with random weights, saved, converted, read by
+transformers.
 """
 
 from __future__ import annotations
@@ -8,18 +9,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from fixtures import config, logits
+from fixtures import config, logits, mtp_logits
 from mcore import Case, Outcome, run
 
 if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
@@ -42,6 +42,10 @@ LAYOUTS = [
       for tp, pp, ep in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2))),
     *((name, *layout) for name in OTHERS for layout in ((1, 1, 1), (2, 2, 1))),
 ]  # fmt: skip
+#: Random models that megatron-core itself saves with legacy GroupedMLP: tp, pp, ep.
+GROUPED = (
+    ("mixtral", 1, 1, 1), ("qwen2_moe", 2, 1, 2), ("deepseek_v3_mtp", 1, 2, 2), ("deepseek_v3_mtp", 2, 2, 1),
+)  # fmt: skip
 #: What the oracle is told wrongly; then it has to notice.
 WRONG: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"norm_topk_prob": True},
@@ -78,36 +82,24 @@ def outcomes(hf: Fixture, cli: Cli, tmp_path_factory: pytest.TempPathFactory) ->
         (told / "config.json").write_text(json.dumps(config(name) | changes))
         good = cases[f"{name} tp1pp1ep1"]
         cases[told.name] = Case(str(told), good.checkpoint, 1, 1, good.ids, 1)
+    for name, tp, pp, ep in GROUPED:
+        key = f"{name} tp{tp}pp{pp}ep{ep}"
+        made = cases.get(key) or convert((name, tp, pp, ep))[1]
+        cases[f"{key} grouped"] = replace(made, grouped=str(root / f"{key} grouped"))
     return run(cases, tmp_path_factory.mktemp("oracle"))
 
 
 @pytest.fixture(scope="module")
-def expected(hf: Fixture, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], torch.Tensor]:
+def expected(hf: Fixture) -> Callable[[str], torch.Tensor]:
     """Logits of transformers for a fixture, computed once."""
     made: dict[str, torch.Tensor] = {}
 
     def get(name: str) -> torch.Tensor:
         if name not in made:
-            made[name] = logits(without_mtp(hf(name), tmp_path_factory.mktemp("plain")), IDS)
+            made[name] = logits(hf(name), IDS)
         return made[name]
 
     return get
-
-
-def without_mtp(source: Path, out: Path) -> Path:
-    """The same weights as transformers takes them: without MTP layers, and Kimi-K2 as the DeepSeek-V3 it is."""
-    from safetensors.torch import save_file
-
-    c = json.loads((source / "config.json").read_text())
-    layers = c["num_hidden_layers"]
-    shutil.copytree(source, out, dirs_exist_ok=True)
-    if c["model_type"] == "kimi_k2":
-        c |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
-        (out / "config.json").write_text(json.dumps(c))
-    weights = load_file(source / "model.safetensors")
-    kept = {key: value for key, value in weights.items() if not key.startswith(f"model.layers.{layers}.")}
-    save_file(kept, out / "model.safetensors", {"format": "pt"})
-    return out
 
 
 def difference(outcome: Outcome, key: str, want: torch.Tensor) -> float:
@@ -129,52 +121,28 @@ def test_a_wrong_setting_is_noticed(
     assert difference(outcomes[f"wrong {key}"], "short", expected(key.split()[0])) > 100 * TOLERANCE
 
 
-def mtp_logits(source: Path, out: Path) -> torch.Tensor:
-    """Logits of the first MTP layer [b, s, v] by transformers' modules: its decoder layer with DeepSeek's inputs."""
-    from transformers import AutoModelForCausalLM
-
-    c = json.loads((source / "config.json").read_text())
-    layers = c["num_hidden_layers"]
-    base = logits_model(without_mtp(source, out / "base"))
-    # The same files read as a model of one layer more: its last layer is the MTP layer's transformer layer.
-    longer = out / "longer"
-    shutil.copytree(source, longer)
-    (longer / "config.json").write_text(json.dumps(c | {"num_hidden_layers": layers + 1}))
-    further: Any = AutoModelForCausalLM.from_pretrained(longer, dtype=torch.float32, attn_implementation="eager")
-    weights = load_file(source / "model.safetensors")
-    own = {key: weights[f"model.layers.{layers}.{key}.weight"] for key in ("enorm", "hnorm", "eh_proj",
-                                                                          "shared_head.norm")}  # fmt: skip
-    eps = c["rms_norm_eps"]
-
-    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-
-    with torch.no_grad():
-        hidden = base.model(input_ids=IDS, use_cache=False).last_hidden_state  # after the final norm
-        following = torch.cat([IDS[:, 1:], torch.zeros_like(IDS[:, :1])], 1)
-        embedded = base.model.embed_tokens(following)
-        joined = torch.cat([norm(embedded, own["enorm"]), norm(hidden, own["hnorm"])], -1) @ own["eh_proj"].T
-        s = IDS.shape[1]
-        mask = torch.full((s, s), torch.finfo(torch.float32).min).triu(1)[None, None]
-        positions = torch.arange(s)[None]
-        rotary = further.model.rotary_emb(joined, positions)
-        layer = further.model.layers[layers].eval()
-        found = layer(joined, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
-        found = found[0] if isinstance(found, tuple) else found
-        out_: torch.Tensor = base.lm_head(norm(found, own["shared_head.norm"]))
-    return out_
-
-
-def logits_model(directory: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+@pytest.mark.parametrize(("name", "tp", "pp", "ep"), GROUPED)
+def test_legacy_grouped_experts_are_read(
+    name: str, tp: int, pp: int, ep: int, outcomes: dict[str, Outcome], cli: Cli, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    """What the real GroupedMLP computes, transformers computes of what was read from its files."""
+    key = f"{name} tp{tp}pp{pp}ep{ep} grouped"
+    outcome = outcomes[key]
+    assert not outcome.error, outcome.error
+    saved = next(tmp_path_factory.getbasetemp().glob(f"moe*/{key}"))
+    rank = torch.load(next(saved.rglob("model_optim_rng.pt")), weights_only=False)["model"]
+    assert any(name.endswith("mlp.experts.weight1") for name in rank)
+    done = cli("--loader", "megatron_mcore", "--saver", "hf", "--load-dir", saved, "--save-dir", tmp_path / "hf",
+               "--true-vocab-size", config(name)["vocab_size"])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert difference(outcome, "short", logits(tmp_path / "hf", IDS)) < TOLERANCE
+    if "short mtp 0" in outcome.logits:
+        assert difference(outcome, "short mtp 0", mtp_logits(tmp_path / "hf", IDS)) < TOLERANCE
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
 @pytest.mark.parametrize("name", ["deepseek_v3_mtp", "glm4_moe_mtp"])
-def test_mtp_layers(name: str, tp: int, pp: int, hf: Fixture, outcomes: dict[str, Outcome], tmp_path: Path) -> None:
-    want = mtp_logits(hf(name), tmp_path)
-    assert difference(outcomes[f"{name} tp{tp}pp{pp}ep1"], "short mtp 0", want) < TOLERANCE
+def test_mtp_layers(name: str, tp: int, pp: int, hf: Fixture, outcomes: dict[str, Outcome]) -> None:
+    found = difference(outcomes[f"{name} tp{tp}pp{pp}ep1"], "short mtp 0", mtp_logits(hf(name), IDS))
+    assert found < TOLERANCE

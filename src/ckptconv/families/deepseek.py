@@ -233,8 +233,7 @@ DEEPSEEK_V3 = derive(
     extra_config=_v3_config,
     models="DeepSeek-V3, V3.1, R1, Moonlight, with and without MTP layers, rotary rows in pairs or halves",
     verified="logits of the real megatron-core equal to transformers' at TP1, TP2, PP2, EP2, TP2 EP2, those of "
-    "MTP layers to a composition of transformers' modules; HF round trip through its files bit for "
-    "bit",
+    "MTP layers to transformers' MtpModel; HF round trip through its files bit for bit",
 )
 
 KIMI_K2 = derive(

@@ -58,6 +58,5 @@ GLM4_MOE = derive(
     extra_config=_extra_config,
     models="GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7, with and without MTP layers",
     verified="logits of the real megatron-core equal to transformers' at TP1, TP2, PP2, EP2, TP2 EP2, those of "
-    "MTP layers to a composition of transformers' modules; HF round trip through its files bit for "
-    "bit",
+    "MTP layers to transformers' MtpModel; HF round trip through its files bit for bit",
 )

@@ -12,8 +12,9 @@ from ckptconv import companions, numbers, writing
 from ckptconv.containers import rankdir, torchzip
 from ckptconv.containers.inert import DTypeName
 from ckptconv.containers.plan import PlannedFile, Slot
-from ckptconv.errors import LayoutError, TargetError, UsageError
+from ckptconv.errors import LayoutError, TableError, TargetError, UsageError
 from ckptconv.formats import mcore, megatron_args, megatron_layers
+from ckptconv.formats.table import rows_of
 from ckptconv.layout import Layout
 from ckptconv.lazy import LazyTensor, Zeros
 from ckptconv.messages import expected
@@ -126,6 +127,7 @@ class _Target:
         self.layers = megatron_layers.settings(metadata.spec) if args.custom_layers else None
         self._module = (megatron_layers.MODULE, megatron_layers.OBJECTS[self._impl]) if self.layers else None
         self.directory = rankdir.iteration_name(self.iteration)
+        self._table = mcore.table(self._impl, self._grouped, args.mtp_module, self.spec.model_type == "BERT")
         self.limits = self._expressible(args.allow_inexact)
         self.flags = {
             "tp": tp, "pp": pp, "ep": ep, "moe_grouped_gemm": self._grouped, "transformer_impl": self._impl,
@@ -134,8 +136,7 @@ class _Target:
             **({"custom_layers": list(self._module)} if self._module else {}),
             **({"mtp_module": args.mtp_module} if self.spec.mtp_layers else {}),
         }  # fmt: skip
-        table = mcore.table(self._impl, self._grouped, args.mtp_module, self.spec.model_type == "BERT")
-        self._placements = list(placements(table, self.spec, self.layout, self.padded))
+        self._placements = list(placements(self._table, self.spec, self.layout, self.padded))
         self.plans = self._files()
         self.routes, self.fills = self._ways()
 
@@ -151,13 +152,14 @@ class _Target:
         refusals = (
             megatron_layers.refusals(spec) if self.layers else megatron_args.refusals(spec, tp=self.layout.tp)
         )
-        if refusals and not allowed:
+        named = self._has_names()
+        if refusals and not (allowed and named):
             reasons = "\n".join(f"  - {reason}" for reason in refusals)
             helps = not self.layers and not megatron_layers.refusals(self._metadata.spec)
             raise TargetError(
                 f"megatron-core cannot express this model:\n{reasons}\nNothing was written. "
                 + ("--custom-layers writes it for layers that can (examples/megatron_layers). " if helps else "")
-                + "--allow-inexact writes the weights all the same."
+                + ("--allow-inexact writes the weights all the same." if named else "It has no names for its tensors.")
             )
         limits = [*refusals, *rules.limits(self._metadata.spec)]
         if self.layout.tp > self.spec.num_query_groups:
@@ -167,6 +169,14 @@ class _Target:
                 "megatron-core takes from 0.16 on: with an older one choose a tp that divides them."
             )
         return limits
+
+    def _has_names(self) -> bool:
+        try:
+            for message in expected(self.spec):
+                rows_of(self._table, message, self.spec)
+        except TableError:
+            return False
+        return True
 
     def _dtype(self, placement: Placement) -> str:
         kinds = {self._metadata.dtype(placement.message, key) for key in placement.keys}
