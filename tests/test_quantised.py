@@ -539,7 +539,10 @@ def test_deepseek_to_another_type(
     coded: Path, convert: Convert, tmp_path: Path, flag: str, dtype: torch.dtype
 ) -> None:
     assert convert(coded, "out", "--dtype", flag, "--verify") == 0
-    all_same(read(tmp_path / "out"), unquantised(deepseek(coded=True), dtype, cast=True))
+    wanted = unquantised(deepseek(coded=True), dtype, cast=True)
+    # The correction of scores stays in fp32, as every framework keeps it.
+    wanted |= {name: t for name, t in deepseek(coded=True).items() if name.endswith("e_score_correction_bias")}
+    all_same(read(tmp_path / "out"), wanted)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == str(dtype).removeprefix("torch.")
 
