@@ -27,7 +27,7 @@ from argparse import ArgumentParser
 from ckptconv.loaders.hf import _Source
 from ckptconv.messages import expected
 from ckptconv.savers import megatron_mcore
-source = _Source(sys.argv[1], None, False)
+source = _Source(sys.argv[1], None, None)
 for message in expected(source.spec):
     source.tensors(message)
 parser = ArgumentParser()

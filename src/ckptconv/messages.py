@@ -28,7 +28,8 @@ from ckptconv.spec import ModelSpec
 Shape = tuple[int, ...]
 
 
-#: Whether a model has a key, in this layer (None outside the layers).
+#: Whether a model has a key, in this layer (None outside the layers). Layers that agree on whether they have experts
+#: have the same keys.
 When = Callable[[ModelSpec, int | None], bool]
 
 
@@ -328,10 +329,13 @@ def expected(spec: ModelSpec) -> Iterator[Expected]:
     size = sizes(spec)
     for template, keys, count in MESSAGES:
         first = spec.num_layers if keys is MTP else 0
+        kinds: dict[bool, dict[str, Shape]] = {}  # of layers without and with experts
         for index in range(count(spec)):
             layer = first + index if "{i}" in template else None
-            shapes = {k.name: tuple(size[s] for s in k.shape) for k in keys if k.when(spec, layer)}
-            yield Expected(template.format(i=index), template, layer, shapes, index)
+            kind = spec.has_experts(layer)
+            if kind not in kinds:
+                kinds[kind] = {k.name: tuple(size[s] for s in k.shape) for k in keys if k.when(spec, layer)}
+            yield Expected(template.format(i=index), template, layer, kinds[kind], index)
 
 
 class Course:

@@ -38,7 +38,7 @@ def add_arguments(parser):
     parser.add_argument("--skip", default="")
 
 def load_checkpoint(queue, args):
-    source = _Source(args.load_dir, None, False)
+    source = _Source(args.load_dir, None, None)
     queue.put(metadata.build(source.metadata()))
     for want in expected(source.spec):
         tensors = {key: lazy.to_torch(value) for key, value in source.tensors(want).items()}

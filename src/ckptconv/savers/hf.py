@@ -202,7 +202,6 @@ class _Split:
             made |= zip(row.keys, wholes, strict=True)
         return made
 
-
     def check(self, tensors: dict[str, LazyTensor], row: Row, op: ops.Constant) -> None:
         """Raise TargetError unless keys that are not stored are what a reader takes them for."""
         for key in row.keys:

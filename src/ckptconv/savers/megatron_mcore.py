@@ -152,14 +152,13 @@ class _Target:
         refusals = (
             megatron_layers.refusals(spec) if self.layers else megatron_args.refusals(spec, tp=self.layout.tp)
         )
-        named = self._has_names()
-        if refusals and not (allowed and named):
+        if refusals and not (allowed and self._has_names()):
             reasons = "\n".join(f"  - {reason}" for reason in refusals)
             helps = not self.layers and not megatron_layers.refusals(self._metadata.spec)
             raise TargetError(
                 f"megatron-core cannot express this model:\n{reasons}\nNothing was written. "
                 + ("--custom-layers writes it for layers that can (examples/megatron_layers). " if helps else "")
-                + ("--allow-inexact writes the weights all the same." if named else "It has no names for its tensors.")
+                + self._offer()
             )
         limits = [*refusals, *rules.limits(self._metadata.spec)]
         if self.layout.tp > self.spec.num_query_groups:
@@ -169,6 +168,10 @@ class _Target:
                 "megatron-core takes from 0.16 on: with an older one choose a tp that divides them."
             )
         return limits
+
+    def _offer(self) -> str:
+        inexact = "--allow-inexact writes the weights all the same."
+        return inexact if self._has_names() else "It has no names for its tensors."
 
     def _has_names(self) -> bool:
         try:
