@@ -13,45 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ckptconv import families, lazy, ops
-from ckptconv.cli import main
 from ckptconv.errors import SourceError
 from ckptconv.families import FAMILIES, moe
 from ckptconv.lazy import Literal
 from ckptconv.messages import expected
 from ckptconv.spec import MoE
+from commands import Weights, convert, run, same, weights_of
 from fixtures import config, logits
 from fixtures_moe import FIXTURES
 from samples import SPECS, held
 
 Hf = Callable[..., Path]
-Weights = dict[str, torch.Tensor]
 
 IDS = torch.randint(3, 131, (2, 24), generator=torch.Generator().manual_seed(1))
 WITH_EXPERTS = tuple(name for name, data in FIXTURES.items() if data["model_type"] != "qwen3")
-
-
-def weights_of(folder: Path) -> Weights:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def same(found: Weights, want: Weights) -> None:
-    assert sorted(found) == sorted(want)
-    for name, tensor in want.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
-
-
-def run(source: Path, out: Path, saver: str, *flags: object) -> int:
-    fixed = ["--load-dir", str(source), "--save-dir", str(out), "--saver", saver, "--no-progress"]
-    return main([*fixed, *map(str, flags)])
-
-
-def convert(source: Path, out: Path, saver: str = "hf", *flags: object) -> Path:
-    assert run(source, out, saver, *flags) == 0
-    return out
 
 
 def changed(source: Path, out: Path, weights: Weights | None = None, **said: Any) -> Path:

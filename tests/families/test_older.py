@@ -15,18 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ckptconv import families, lazy, ops
-from ckptconv.cli import main
 from ckptconv.families import FAMILIES
 from ckptconv.messages import expected
+from commands import Weights, convert, run, same, weights_of
 from fixtures import config, logits
 from fixtures_older import FIXTURES
 from samples import SPECS, held
 
 Hf = Callable[..., Path]
-Weights = dict[str, torch.Tensor]
 
 IDS = torch.randint(3, 131, (2, 24), generator=torch.Generator().manual_seed(1))
 IMPLS = ("local", "transformer_engine")
@@ -51,27 +50,6 @@ REFUSED = {
     "t5": "T5",
     "t5_v11": "T5",
 }
-
-
-def weights_of(folder: Path) -> Weights:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def same(found: Weights, want: Weights) -> None:
-    assert sorted(found) == sorted(want)
-    for name, tensor in want.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
-
-
-def run(source: Path, out: Path, saver: str, *flags: object) -> int:
-    fixed = ["--load-dir", str(source), "--save-dir", str(out), "--saver", saver, "--no-progress"]
-    return main([*fixed, *map(str, flags)])
-
-
-def convert(source: Path, out: Path, saver: str = "hf", *flags: object) -> Path:
-    assert run(source, out, saver, *flags) == 0
-    return out
 
 
 def changed(

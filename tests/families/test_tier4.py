@@ -26,6 +26,7 @@ from ckptconv.families.rope import dual
 from ckptconv.loaders import hf as hf_loader
 from ckptconv.loaders import megatron_mcore as mcore_loader
 from ckptconv.spec import ModelSpec, Rope, differences
+from commands import convert
 from fixtures import config, logits
 from fixtures_tier4 import FIXTURES
 
@@ -51,11 +52,6 @@ STOCK = [name for name in FIXTURES if name not in REFUSED]
 
 def spec_of(data: Config) -> ModelSpec:
     return families.of_config(data, "config.json").spec(data, "config.json")
-
-
-def convert(source: Path, out: Path, saver: str, *flags: object) -> Path:
-    assert main(["--saver", saver, "--load-dir", str(source), "--save-dir", str(out), *map(str, flags)]) == 0
-    return out
 
 
 @pytest.fixture(scope="module")

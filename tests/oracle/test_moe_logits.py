@@ -7,11 +7,7 @@ transformers.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +16,14 @@ import pytest
 import torch
 
 from fixtures import config, logits, mtp_logits
-from mcore import Case, Outcome, run
+from layouts import IDS, Cli, Fixture, case_of, cases_of, difference
+from mcore import Outcome, run
 
 if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
-Fixture = Callable[..., Path]
-
 #: HF builds two norms of latent attention with 1e-6 whatever the config says, which costs Moonlight (1e-5) that much.
 TOLERANCE = 2e-4
-IDS = torch.randint(3, 130, (2, 24), generator=torch.Generator().manual_seed(1))
 #: Whole matrix of layouts for one of each kind; the others at one rank and over all axes at once.
 EVERY = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe")
 OTHERS = (
@@ -60,31 +53,10 @@ WRONG: dict[str, dict[str, Any]] = {
 def outcomes(hf: Fixture, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """What megatron-core makes of every conversion, by "fixture tpTppPepE" or "wrong NAME"."""
     root = tmp_path_factory.mktemp("moe")
-    sources = {name: hf(name) for name, *_ in LAYOUTS}
-
-    def convert(job: tuple[str, int, int, int]) -> tuple[str, Case]:
-        name, tp, pp, ep = job
-        out = root / f"{name} tp{tp}pp{pp}ep{ep}"
-        done = cli(
-            "--loader", f"hf_{config(name)['model_type']}", "--saver", "megatron_mcore",
-            "--load-dir", sources[name], "--save-dir", out, "--target-tp", tp, "--target-pp", pp, "--target-ep", ep,
-            "--saver-transformer-impl", "local", "--make-vocab-size-divisible-by", 1,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return out.name, Case(str(sources[name]), str(out), tp, pp, {"short": IDS.tolist()}, 1, ep=ep)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        cases = dict(pool.map(convert, LAYOUTS))
-    for key, changes in WRONG.items():
-        name = key.split()[0]
-        told = root / f"wrong {key}"
-        told.mkdir()
-        (told / "config.json").write_text(json.dumps(config(name) | changes))
-        good = cases[f"{name} tp1pp1ep1"]
-        cases[told.name] = Case(str(told), good.checkpoint, 1, 1, good.ids, 1)
+    cases = cases_of(hf, cli, root, LAYOUTS, WRONG)
     for name, tp, pp, ep in GROUPED:
         key = f"{name} tp{tp}pp{pp}ep{ep}"
-        made = cases.get(key) or convert((name, tp, pp, ep))[1]
+        made = cases.get(key) or case_of(hf, cli, root, (name, tp, pp, ep))[1]
         cases[f"{key} grouped"] = replace(made, grouped=str(root / f"{key} grouped"))
     return run(cases, tmp_path_factory.mktemp("oracle"))
 
@@ -100,11 +72,6 @@ def expected(hf: Fixture) -> Callable[[str], torch.Tensor]:
         return made[name]
 
     return get
-
-
-def difference(outcome: Outcome, key: str, want: torch.Tensor) -> float:
-    assert not outcome.error, outcome.error
-    return float((outcome.logits[key][..., : want.shape[-1]] - want).abs().max())
 
 
 @pytest.mark.parametrize(("name", "tp", "pp", "ep"), LAYOUTS)
