@@ -1,4 +1,7 @@
-"""What tests that convert in their own process share: the command line, and the weights it wrote."""
+"""What tests that convert in their own process share: the command line, and the weights it wrote.
+
+Loader and saver both run in the process of the tests (inprocess.py says how, and what that does not show).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ckptconv.cli import main
+from inprocess import main
 
 Weights = dict[str, torch.Tensor]
 
@@ -28,7 +31,7 @@ def same(found: Weights, want: Weights) -> None:
 def run(source: Path, out: Path, saver: str, *flags: object) -> int:
     """The exit code of a conversion."""
     fixed = ["--load-dir", str(source), "--save-dir", str(out), "--saver", saver, "--no-progress"]
-    return main([*fixed, *map(str, flags)])
+    return main([*fixed, *flags])
 
 
 def convert(source: Path, out: Path, saver: str = "hf", *flags: object) -> Path:

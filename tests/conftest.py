@@ -14,6 +14,9 @@ import pytest
 from fixtures import build
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
+# Before torch is imported, here and in what is started: its threads spin while they wait for one another, which costs
+# a model of these sizes twenty times what it takes.
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="session")

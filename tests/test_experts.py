@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptconv import families
-from ckptconv.cli import main
 from ckptconv.families.family import NOT_IN_CONFIG
 from ckptconv.messages import expected
 from ckptconv.spec import differences
+from inprocess import main
 
 Weights = dict[str, torch.Tensor]
 Made = Callable[..., Path]
@@ -399,7 +399,7 @@ def lone(folder: Path) -> None:
         ((1, 2, 2), said(expert_model_parallel_size=1), 3, ("expert parallel size 1, but there are directories of 2",)),
         ((1, 2, 2), said(expert_model_parallel_size=3), 3, ("lacks mp_rank_00_000_002", "of 1 x 2 x 3")),
         ((1, 2, 2), said(pipeline_model_parallel_size=1), 3, ("1 pipeline stages, but there are directories of 2",)),
-        ((1, 1, 3), said(expert_model_parallel_size=1, pipeline_model_parallel_size=3), 6, ("4 layers", "pp 3")),
+        ((1, 1, 3), said(expert_model_parallel_size=1, pipeline_model_parallel_size=3), 3, ("4 layers", "4 + 4 + 4")),
         ((1, 1, 3), said(num_experts=7), 6, ("ep 3 does not divide 7 experts",)),
         ((1, 1, 3), said(num_experts=9), 3, ("lacks decoder.layers.{0..3}.mlp.experts.local_experts.2",)),
         ((1, 1, 3), said(num_experts=3), 3, ("which no rule knows", "local_experts.1")),

@@ -51,9 +51,9 @@ def stages(spec: ModelSpec, tp: int, pp: int, table: str = "local") -> list[dict
 )
 def test_layers_over_stages(layers: int, pp: int, expected: list[tuple[int, int]]) -> None:
     layout = Layout(layers, pp=pp)
-    assert [layout.stage_of(layer) for layer in range(layers)] == expected
+    assert [layout.home_of(layer) for layer in range(layers)] == [(stage, 0, local) for stage, local in expected]
     assert [layer for stage in range(pp) for layer in layout.layers_of(stage)] == list(range(layers))
-    assert all(layout.stage_of(layer)[0] == stage for stage in range(pp) for layer in layout.layers_of(stage))
+    assert all(layout.home_of(layer)[0] == stage for stage in range(pp) for layer in layout.layers_of(stage))
 
 
 def test_ranks_stage_by_stage() -> None:

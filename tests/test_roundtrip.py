@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ckptconv import families, verify
-from ckptconv.cli import main
 from ckptconv.errors import VerifyError
 from ckptconv.formats import megatron_args
 from fixtures import FIXTURES, config, logits
+from inprocess import main
 from samples import SPECS
 
 Hf = Callable[..., Path]

@@ -21,10 +21,11 @@ def add_arguments(parser):
 def load_checkpoint(queue, args):
     with open(os.path.join(args.load_dir, "sizes.json")) as file:
         sizes = json.load(file)
+    dtype = getattr(torch, sizes.pop("params_dtype").removeprefix("torch."))
     arguments = argparse.Namespace(norm_epsilon=sizes.pop("norm_epsilon"), rotary_base=sizes.pop("rotary_base"),
                                    kv_channels=sizes["kv_channels"])
     queue.put(argparse.Namespace(
-        **sizes, model_type="GPT", iteration=1, params_dtype=torch.float32, tokenizer_type="HuggingFaceTokenizer",
+        **sizes, model_type="GPT", iteration=1, params_dtype=dtype, tokenizer_type="HuggingFaceTokenizer",
         bert_binary_head=False, position_embedding_type="rope", true_vocab_size=None, checkpoint_args=arguments,
         make_vocab_size_divisible_by=None, consumed_train_samples=0, consumed_valid_samples=0,
         previous_tensor_parallel_size=1, previous_pipeline_parallel_size=1,
@@ -35,7 +36,7 @@ def load_checkpoint(queue, args):
         for key in keys:
             path = os.path.join(args.load_dir, f"{name}.{key}.npy".replace(" ", "_"))
             if os.path.exists(path):
-                message[key] = torch.from_numpy(np.load(path)).float()
+                message[key] = torch.from_numpy(np.load(path)).to(dtype)
         queue.put(message)
 
     send("embeddings", ["word embeddings"])

@@ -11,20 +11,38 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ckptconv import dtypes, numbers
+from ckptconv import commands, dtypes, hub, numbers, oldcommands
+from ckptconv.commands import plan
 from ckptconv.errors import CkptconvError, UsageError, near, notes
+
+if TYPE_CHECKING:
+    from ckptconv.conversion import Report
 
 log = logging.getLogger("ckptconv")
 
 EPILOG = """\
 sub-commands:
+  ckptconv inspect    what a checkpoint of any format is: model, layout, tensors, what is wrong with it
+  ckptconv plan       what a conversion would do, given its flags; nothing is written
+  ckptconv doctor     whether this machine can convert, and plugins that cannot be used
   ckptconv plugins    what loaders and savers there are, built in and third party
+  ckptconv diff       whether two checkpoints of any formats are equal, and what differs how far
+  ckptconv logits     what a checkpoint of any format computes, alone or compared with another
+  ckptconv hf_to_megatron, megatron_to_hf, checkpoint_util
+                      the command lines of Megatron-LLM's tools; --help after one of them lists its flags
 
 Flags of a loader or saver are listed when it is named: ckptconv --loader megatron_mcore --saver hf --help
 Exit codes: 0 done, 2 usage, 3 source, 4 protocol, 5 table, 6 layout, 7 target, 8 verification, 130 interrupted.
 """
+
+#: Flags of others' converters that say nothing here, and why.
+UNUSED = {
+    "--megatron-path": "Megatron is not needed",
+    "--loader-transformer-impl": "no model is built, names tell which it was",
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """Errors are UsageErrors, so that they look and exit like all others."""
@@ -43,18 +61,27 @@ def parser() -> _Parser:
     add = made.add_argument
     add("--loader", default="auto", metavar="NAME", help="what reads the source (default: found from the directory)")
     add("--saver", metavar="NAME", help="what writes the target")
-    add("--load-dir", metavar="DIR", help="the checkpoint to read")
-    add("--save-dir", metavar="DIR", help="where to write; must not exist or be empty")
+    add("--load-dir", "--input-dir", "--load-path", metavar="DIR", help="the checkpoint to read")
+    hub.add_arguments(made)
+    add("--save-dir", "--output-dir", "--save-path", metavar="DIR", help="where to write; must not exist or be empty")
     add("--overwrite", action="store_true", help="replace what is in --save-dir once the new output is complete")
     add("--resume", action="store_true", help="continue an interrupted run of the same command")
     add("--verify", action="store_true", help="read the written checkpoint back and compare digests")
     add("--model-type", metavar="NAME", help="GPT, BERT or a family; checked against what is found")
-    add("--dtype", choices=("keep", *dtypes.SHORT), default="keep", help="element type to convert to (default keep)")
+    add("--dtype", "--target-params-dtype", choices=("keep", *dtypes.SHORT), default="keep",
+        help="element type to convert to (default keep)")  # fmt: skip
     add("--bf16", action="store_true", help="the same as --dtype bf16")
     add("--fp16", action="store_true", help="the same as --dtype fp16")
     add("--max-queue-size", type=numbers.positive, default=50, metavar="N", help="messages in the queue (default 50)")
     add("--max-memory", type=numbers.size, metavar="SIZE", help="most memory of all processes (default: as needed)")
     add("--threads", type=numbers.positive, metavar="N", help="threads that copy (default: one per core, at most 8)")
+    add("--queue-dialect", choices=("auto", "megatron", "megatron_llm"), default="auto",
+        help="what plugins of others say on the queue: Megatron-LM's messages or those of Megatron-LLM (default: seen)")
+    add("--kv-channels", type=numbers.positive, metavar="N", help="numbers of a head; checked against what is found")
+    add("--load-iters", type=numbers.natural, metavar="N", help="the older spelling of --iteration; 0 is the release")
+    plan.add_arguments(made)
+    for flag, why in UNUSED.items():
+        add(flag, metavar="VALUE", help=f"accepted and not used: {why}")
     add("--no-checking", action="store_false", dest="checking", help="do not check message names and unknown keys")
     add("--no-progress", action="store_false", dest="progress", help="no progress bar")
     add("-v", "--verbose", action="store_true", help="say more, with tracebacks")
@@ -80,13 +107,21 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Any, Any]:
     made = parser()
     first = [word for word in argv if word not in ("-h", "--help")]
     known, _ = made.parse_known_args(_spelled(first, made))
-    loader = saver = None
+    loader: Any = None
+    saver: Any = None
+    model: str | None = None
     helping = len(first) != len(argv)
     try:
+        model = hub.named(known)
+        known.load_dir = _source(known.load_dir or model)
         for name in ("saver", "load_dir", "save_dir"):
             if getattr(known, name) is None:
                 raise UsageError(f"--{name.replace('_', '-')} is needed. ckptconv --help lists the flags.")
-        loader_name = plugins.detect(known.load_dir) if known.loader == "auto" else known.loader
+        unnamed = known.loader in ("auto", plugins.ANY_MEGATRON)
+        found = unnamed and ("hf" if model else plugins.detect(known.load_dir))
+        loader_name = found or known.loader
+        if loader_name == "megatron_llm" and known.saver == plugins.ANY_MEGATRON:
+            known.saver = loader_name  # that is what its own tools call it
         loader, saver = plugins.find("loader", loader_name), plugins.find("saver", known.saver)
     except UsageError:
         if not helping:
@@ -102,8 +137,28 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Any, Any]:
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         which = flags[0] if flags else unknown[0]
         raise UsageError(f"unknown flag {which}.{near(which, made._option_string_actions)} ckptconv --help lists all.")
+    args.load_dir, args.hub_model = known.load_dir, model if loader.hub else None
+    if model and not loader.hub and args.hf_model_name:
+        raise UsageError(f"--hf-model-name {model}: loader {loader.name} reads no models of the hub. Use --loader hf.")
     _settle(args)
+    if loader.ours and saver.ours:
+        for flag, why in UNUSED.items():
+            if getattr(args, flag[2:].replace("-", "_")):
+                log.info("%s is accepted and not used: %s", flag, why)
     return args, loader, saver
+
+
+def _source(path: str | None) -> str | None:
+    """What --load-dir stands for: for a missing checkpoint.pt its folder is read."""
+    from ckptconv.containers import hfdir
+
+    if path is None:
+        return None
+    folder = os.path.dirname(path)
+    if os.path.basename(path) == hfdir.FULL and not os.path.exists(path) and os.path.exists(f"{folder}/config.json"):
+        log.warning("%s does not exist; the model in %s is read.", path, folder)
+        return folder
+    return path
 
 
 def _settle(args: argparse.Namespace) -> None:
@@ -116,6 +171,8 @@ def _settle(args: argparse.Namespace) -> None:
         from ckptconv import families
 
         families.model_type(args.model_type)
+    if args.load_iters is not None and getattr(args, "iteration", None) is None:
+        args.iteration = args.load_iters or "release"
     args.log_level = logging.DEBUG if args.verbose else logging.INFO
 
 
@@ -127,6 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["plugins"]:
             return _plugins(words[1:])
+        if words[:1] == ["plan"]:
+            return _convert([*oldcommands.translated(words[1:], _Parser), "--dry-run"])
+        if words and words[0] in commands.names():
+            return _command(words[0], words[1:])
+        words = oldcommands.translated(words, _Parser)
         return _convert(words[1:] if words[:1] == ["convert"] else words)
     except CkptconvError as error:
         log.debug("traceback:", exc_info=True)
@@ -149,14 +211,32 @@ def _convert(words: Sequence[str]) -> int:
     if not words:
         parser().print_help()
         return UsageError.exit_code
-    args, loader, saver = parse(words)
-    from ckptconv import convert
+    converted(words)
+    return 0
 
+
+def converted(words: Sequence[str]) -> Report:
+    """Do what a command line of flags says, and tell what was done. Raises CkptconvError."""
+    args, loader, saver = parse(words)
+    from ckptconv import conversion
+
+    if args.dry_run:
+        if args.hub_model:
+            args.load_dir = hub.cached(args.hub_model, args.hf_revision, args.cache_dir)
+        conversion.check_usage(args, loader)
+        return plan.run(args, loader, saver)
+    if args.mapping or args.json:
+        raise UsageError(f"{'--mapping' if args.mapping else '--json'}: is of a plan. Give --dry-run with it.")
     if loader.ours and saver.ours:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads would only spin: nothing is computed
-    convert.check_usage(args)
+    if args.hub_model:
+        conversion.check_target(args)
+        args.load_dir = hub.fetch(
+            args.hub_model, args.hf_revision, args.cache_dir, progress=args.progress
+        )
+    conversion.check_usage(args, loader)
     reader = _reader(saver) if args.verify else ""
-    report = convert.run(loader, saver, args)
+    report = conversion.run(loader, saver, args)
     line = f"{report.seconds:.2f} s, peak memory {report.peak_memory / 2**20:.0f} MiB"
     if report.bytes:
         line = f"{report.bytes / 1e9:.3f} GB in {line}, {report.bytes / 1e6 / max(report.seconds, 1e-9):.0f} MB/s"
@@ -166,7 +246,7 @@ def _convert(words: Sequence[str]) -> int:
 
         count = verify.verify(args.save_dir, reader, report.saver["digests"], args.threads)
         log.info("verified: %d tensors read back from %s have the digests of what was sent", count, args.save_dir)
-    return 0
+    return report
 
 
 def _reader(saver: Any) -> str:
@@ -177,6 +257,47 @@ def _reader(saver: Any) -> str:
     if loader is None:
         raise UsageError(f"--verify: saver {saver.name} names no loader that could read back what it writes.")
     return str(loader)
+
+
+def _command(name: str, words: Sequence[str]) -> int:
+    """A module of commands/: its flags, and those of the loaders it reads with."""
+    import importlib
+
+    module = importlib.import_module(f"ckptconv.commands.{name}")
+    made = _Parser(
+        prog=f"ckptconv {name}", description=module.__doc__, allow_abbrev=False, conflict_handler="resolve",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    module.add_arguments(made)
+    made.add_argument("-v", "--verbose", action="store_true", help="say more, with tracebacks")
+    first = [word for word in words if word not in ("-h", "--help")]
+    if hasattr(module, "plugins"):
+        try:
+            known, _ = made.parse_known_args(_spelled(first, made))
+            for plugin in module.plugins(known):
+                plugin.add_arguments(made)
+        except UsageError:
+            if len(first) == len(words):
+                raise
+    args, unknown = made.parse_known_args(_spelled(words, made))
+    if unknown:
+        hint = near(unknown[0], made._option_string_actions)
+        raise UsageError(f"{name}: unknown {unknown[0]}.{hint} ckptconv {name} --help lists all flags.")
+    return int(module.run(args))
+
+
+def loader_flags(loader: Any, words: Sequence[str]) -> argparse.Namespace:
+    """What flags of a loader say, and those on how messages are checked. Raises UsageError."""
+    made = _Parser(prog=f"loader {loader.name}", add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    common = {action.dest: action for action in parser()._actions}
+    for name in ("checking", "queue_dialect"):
+        made._add_action(common[name])
+    loader.add_arguments(made)
+    args, unknown = made.parse_known_args(_spelled(words, made))
+    if unknown:
+        hint = near(unknown[0], made._option_string_actions)
+        raise UsageError(f"loader {loader.name}: unknown flag {unknown[0].partition('=')[0]}.{hint}")
+    return args
 
 
 def _plugins(words: Sequence[str]) -> int:

@@ -23,10 +23,16 @@ class Cut:
 
     #: every rank holds the same bytes
     replicated = False
+    #: some rectangles of a key lie on several ranks, the same on all of them
+    repeated = False
 
     def shape(self, keys: Sequence[Shape], tp: int) -> Shape:
-        """Shape of one rank's part."""
+        """Shape of one rank's part, as tiles see it."""
         raise NotImplementedError
+
+    def stored(self, keys: Sequence[Shape], tp: int) -> Shape:
+        """The same elements in the shape that a file has them in."""
+        return self.shape(keys, tp)
 
     def tiles(self, keys: Sequence[Shape], index: int, tp: int) -> list[Tile]:
         """Rectangles of key number `index`; `part` is the rank."""
@@ -34,6 +40,10 @@ class Cut:
 
     def check(self, name: str, keys: Sequence[Shape], tp: int, spec: ModelSpec) -> None:
         """Raise LayoutError when `tp` does not divide what is cut."""
+
+    def blanks(self, keys: Sequence[Shape], tp: int) -> list[Tile]:
+        """Rectangles of parts that hold nothing of any key, and zeros: the tiles of an imaginary zero key."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,64 @@ class QKVColumnParallel(ColumnParallel):
 
 
 @dataclass(frozen=True)
+class GroupsOfQKV(QKVColumnParallel):
+    """Dim 0 of the grouped qkv, in whole groups only."""
+
+    def check(self, name: str, keys: Sequence[Shape], tp: int, spec: ModelSpec) -> None:
+        _whole_groups(name, tp, spec)
+        super().check(name, keys, tp, spec)
+
+
+def _whole_groups(name: str, tp: int, spec: ModelSpec) -> None:
+    if spec.num_query_groups % tp:
+        raise LayoutError(
+            f"{name}: tp {tp} does not divide {spec.num_query_groups} query groups (kv heads), of which a rank "
+            "holds whole ones. Choose a tensor parallel size that divides them."
+        )
+
+
+@dataclass(frozen=True)
+class HeadsOfQKV(Cut):
+    """Queries, keys or values of the grouped qkv as a tensor of their own [n * d, h], dim 0 in whole query groups.
+
+    first, count: which heads of a group they are, of its r query heads, key head and value head; d: head dim; pairs:
+    rows 2j and 2j + 1 of a stored head are rows j and j + d/2 of the message's (Meta's rotary order). Two rows that
+    follow each other are then seen as one, whose halves are rectangles.
+    """
+
+    first: int
+    count: int
+    group: int  # heads of a group: r + 2
+    d: int
+    pairs: bool = False
+
+    def shape(self, keys: Sequence[Shape], tp: int) -> Shape:
+        rows, *rest = self.stored(keys, tp)
+        return (rows // 2, 2 * matrix(keys[0])[1]) if self.pairs else (rows, *rest)
+
+    def stored(self, keys: Sequence[Shape], tp: int) -> Shape:
+        return (keys[0][0] // self.group * self.count // tp, *keys[0][1:])
+
+    def tiles(self, keys: Sequence[Shape], index: int, tp: int) -> list[Tile]:
+        cols, d = matrix(keys[0])[1], self.d
+        each = keys[0][0] // (self.group * d) // tp  # groups of a rank
+        tiles = []
+        for number in range(each * tp * self.count):
+            group, head = divmod(number, self.count)
+            top = (group * self.group + self.first + head) * d
+            rank, local = divmod(number, each * self.count)
+            if self.pairs:
+                half = d // 2
+                tiles += [Tile(rank, top + n * half, 0, local * half, n * cols, half, cols) for n in (0, 1)]
+            else:
+                tiles.append(Tile(rank, top, 0, local * d, 0, d, cols))
+        return tiles
+
+    def check(self, name: str, keys: Sequence[Shape], tp: int, spec: ModelSpec) -> None:
+        _whole_groups(name, tp, spec)
+
+
+@dataclass(frozen=True)
 class HeadsColumnParallel(ColumnParallel):
     """Dim 0 in whole attention heads (multi-latent projections)."""
 
@@ -121,5 +189,6 @@ REPLICATED = Replicated()
 COLUMN = ColumnParallel()
 GATED_COLUMN = COLUMN  # a gated fc1 is its two keys, each column parallel, one below the other
 QKV_COLUMN = QKVColumnParallel()
+QKV_GROUPS = GroupsOfQKV()
 HEADS_COLUMN = HeadsColumnParallel()
 ROW = RowParallel()

@@ -15,9 +15,11 @@ wrapped: they keep their traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 
 
 class CkptconvError(Exception):
@@ -86,6 +88,33 @@ def notes(error: BaseException) -> list[str]:
     return list(getattr(error, "__notes__", []))
 
 
+_tolerated: ContextVar[list[CkptconvError] | None] = ContextVar("tolerated", default=None)
+
+
+@contextlib.contextmanager
+def tolerating() -> Iterator[list[CkptconvError]]:
+    """What checks refuse, in a list: a checkpoint is looked at that may be incomplete, and nothing is made of it."""
+    found: list[CkptconvError] = []
+    token = _tolerated.set(found)
+    try:
+        yield found
+    finally:
+        _tolerated.reset(token)
+
+
+def looking() -> bool:
+    """Whether a checkpoint is only looked at."""
+    return _tolerated.get() is not None
+
+
+def refuse(error: CkptconvError) -> None:
+    """Raise an error of a check behind which one could still go on, or note it where a checkpoint is looked at."""
+    found = _tolerated.get()
+    if found is None:
+        raise error
+    found.append(error)
+
+
 def collapse(names: Iterable[str]) -> list[str]:
     """Fold the numbers of a list of names: `a.0.x`, `a.1.x` become `a.{0..1}.x`; order of first sight is kept."""
     seen: dict[tuple[str, str], list[str]] = {}
@@ -95,6 +124,24 @@ def collapse(names: Iterable[str]) -> list[str]:
         if match:
             numbers.append(match[2])
     return [before + _span(sorted(set(numbers), key=int)) + after for (before, after), numbers in seen.items()]
+
+
+#: A number that counts: between marks, or at the end of a name (`weight7`), but not that of `fc1.bias` or `4h`.
+_COUNTER = re.compile(r"(?<![A-Za-z\d])\d+(?![A-Za-z\d])|(?<=[a-z])\d+$")
+
+
+def folded(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names that differ in counters only, under one name for each group: `layers.{0..3}.experts.{0..7}.w`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_COUNTER.sub("#", name), []).append(name)
+    found: dict[str, list[str]] = {}
+    for members in groups.values():
+        columns = zip(*map(_COUNTER.findall, members), strict=True)
+        spans = [_span(sorted(set(column), key=lambda n: (int(n), n))) for column in columns]
+        parts = _COUNTER.split(members[0])
+        found["".join(a + b for a, b in zip(parts, [*spans, ""], strict=True))] = members
+    return found
 
 
 def _span(numbers: list[str]) -> str:

@@ -133,7 +133,10 @@ def close_written(path: str, durable: bool = True) -> None:
                 os.fsync(descriptor)
         _writing.forget(path)
     except OSError as error:
-        raise TargetError(f"{path}: cannot be flushed: {error.strerror}.") from error
+        raise TargetError(
+            f"{path}: cannot be flushed: {error.strerror}. Is the disk full or failing? Nothing there has been made to "
+            "look complete."
+        ) from error
 
 
 def forget(path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ckptconv.errors import LayoutError
 
@@ -12,7 +13,11 @@ from ckptconv.errors import LayoutError
 class Layout:
     """Parallel sizes of one checkpoint: tp tensor ranks, pp pipeline stages, ep expert ranks, `num_layers` in all.
 
-    Experts are cut over the tensor ranks like everything else (etp = tp), the only way the rank files allow.
+    Each stage holds vpp chunks (virtual pipeline stages). `counts`: layers of each chunk in the order of the layers,
+    that is chunk 0 of all stages before chunk 1 of all; empty where all hold as many. `mtp`, `final_norm`: (stage,
+    chunk) of the MTP layers and of the final norm where it is not the last. `apart`: rank files keep the chunks of a
+    stage apart, and count layers within them. Experts are cut over the tensor ranks like everything else (etp = tp),
+    the only way the rank files allow.
     """
 
     num_layers: int
@@ -20,17 +25,17 @@ class Layout:
     pp: int = 1
     ep: int = 1
     num_experts: int = 0
+    vpp: int = 1
+    counts: tuple[int, ...] = ()
+    apart: bool = True
+    mtp: tuple[int, int] | None = None
+    final_norm: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "ep"):
+        for name in ("tp", "pp", "ep", "vpp"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"{name} is {getattr(self, name)}, expected at least 1.")
-        if self.num_layers % self.pp:
-            raise LayoutError(
-                f"{self.num_layers} layers do not divide into pp {self.pp} equal stages. "
-                f"Choose a pipeline parallel size that divides {self.num_layers}."
-            )
-
+        self._check_chunks()
         if self.ep > 1 and (not self.num_experts or self.num_experts % self.ep):
             raise LayoutError(
                 f"ep {self.ep} does not divide {self.num_experts} experts. Choose an expert parallel size that does."
@@ -38,17 +43,43 @@ class Layout:
                 else f"ep {self.ep}: this model has no experts. Leave the expert parallel size at 1."
             )
 
+    def _check_chunks(self) -> None:
+        chunks = self.pp * self.vpp
+        if not self.counts:
+            if self.num_layers % chunks:
+                sizes = f"pp {self.pp}" + (f" x vpp {self.vpp}" if self.vpp > 1 else "")
+                raise LayoutError(
+                    f"{self.num_layers} layers do not divide into {sizes} equal stages. "
+                    f"Choose sizes that divide {self.num_layers}, or say how many layers each stage holds."
+                )
+            object.__setattr__(self, "counts", (self.num_layers // chunks,) * chunks)
+        if len(self.counts) != chunks or min(self.counts) < 0 or sum(self.counts) != self.num_layers:
+            raise LayoutError(
+                f"stages of {', '.join(map(str, self.counts))} layers: expected {chunks} (pp {self.pp}, vpp {self.vpp})"
+                f" that hold {self.num_layers} layers together."
+            )
+
     @property
-    def layers_per_stage(self) -> int:
-        return self.num_layers // self.pp
+    def last(self) -> tuple[int, int]:
+        """(stage, chunk) of the output layer."""
+        return self.pp - 1, self.vpp - 1
 
-    def stage_of(self, layer: int) -> tuple[int, int]:
-        """(stage, local layer) of a global layer."""
-        return divmod(layer, self.layers_per_stage)
+    def _firsts(self) -> list[int]:
+        return [0, *accumulate(self.counts)]
 
-    def layers_of(self, stage: int) -> range:
-        """Global layers of a stage, in order."""
-        return range(stage * self.layers_per_stage, (stage + 1) * self.layers_per_stage)
+    def home_of(self, layer: int) -> tuple[int, int, int]:
+        """(stage, chunk, local layer) of a global layer."""
+        for number, first in enumerate(self._firsts()[:-1]):
+            if first <= layer < first + self.counts[number]:
+                chunk, stage = divmod(number, self.pp)
+                return stage, chunk, layer - first
+        raise LayoutError(f"layer {layer} is asked for, but the model has layers 0 to {self.num_layers - 1}.")
+
+    def layers_of(self, stage: int, chunk: int = 0) -> range:
+        """Global layers of a chunk of a stage, in order."""
+        number = chunk * self.pp + stage
+        first = self._firsts()[number]
+        return range(first, first + self.counts[number])
 
     def expert_of(self, expert: int) -> tuple[int, int]:
         """(expert rank, local number) of a global expert."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -75,8 +75,10 @@ class LazyTensor:
         raise NotImplementedError
 
     def seen(self, shape: Shape) -> LazyTensor:
-        """The same elements in another shape."""
-        raise TableError(f"a {type(self).__name__} of shape {list(self.shape)} cannot be seen as {list(shape)}")
+        """The same elements, row by row, in another shape."""
+        if prod(shape) != prod(self.shape):
+            raise TableError(f"a {type(self).__name__} of shape {list(self.shape)} cannot be seen as {list(shape)}")
+        return Reshaped(self, shape)
 
     def narrow_rows(self, start: int, length: int) -> LazyTensor:
         """`length` indices of the first dimension from `start` on."""
@@ -202,6 +204,29 @@ class Transposed(LazyTensor):
 
 
 @dataclass(frozen=True)
+class Reshaped(LazyTensor):
+    """The elements of `base`, row by row, in another shape."""
+
+    base: LazyTensor
+    shape: Shape
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.base.dtype
+
+    def read(self, out: Matrix, row: int, col: int) -> None:
+        import numpy as np
+
+        wide, start = self.base.cols, row * self.cols + col
+        first = start // wide
+        end = start + (out.shape[0] - 1) * self.cols + out.shape[1]
+        rows = np.empty((-(-end // wide) - first, wide), out.dtype)
+        self.base.read(rows, first, 0)
+        flat, step = rows.reshape(-1)[start - first * wide :], out.itemsize
+        out[...] = np.lib.stride_tricks.as_strided(flat, out.shape, (self.cols * step, step))
+
+
+@dataclass(frozen=True)
 class Strided(LazyTensor):
     """Columns `start`, `start + step`, ... of `base`; with `wrap` all of them, each next round one column further."""
 
@@ -285,6 +310,20 @@ class Assembly(LazyTensor):
             if top < bottom and left < right:
                 view = out[top - row : bottom - row, left - col : right - col]
                 p.part.read(view, p.part_row + top - p.row, p.part_col + left - p.col)
+
+
+def places(tensor: LazyTensor) -> Iterator[tuple[str, int, int]]:
+    """(file, byte, element from there on) of all that a tensor is made of, each as often as it is used."""
+    waiting = [tensor]
+    while waiting:
+        one: Any = waiting.pop()
+        if hasattr(one, "path"):
+            yield one.path, one.offset, getattr(one, "skip", 0)
+        elif isinstance(one, Assembly):
+            waiting += [piece.part for piece in reversed(one.pieces)]
+        else:
+            parts = [getattr(one, field.name) for field in fields(one)]
+            waiting += [part for part in reversed(parts) if isinstance(part, LazyTensor)]
 
 
 def blocks(tensor: LazyTensor, limit: int, breaks: Sequence[int] = ()) -> Iterator[tuple[int, int]]:

@@ -339,10 +339,16 @@ def expected(spec: ModelSpec) -> Iterator[Expected]:
 
 
 class Course:
-    """Where a stream is: what the next message has to be. A layer with experts may come whole or in slices."""
+    """Where a stream is: what the next message has to be. A layer with experts may come whole or in slices.
 
-    def __init__(self, spec: ModelSpec) -> None:
+    head_first: the output layer comes right after the embeddings, as loaders of Megatron-LLM send it.
+    """
+
+    def __init__(self, spec: ModelSpec, head_first: bool = False) -> None:
         self._wanted = expected(spec)
+        if head_first:
+            early = ("embeddings", "output layer")
+            self._wanted = iter(sorted(self._wanted, key=lambda m: m.template not in early))
         self._want = next(self._wanted, None)
         self._experts: int | None = None  # how many have come, of a layer that comes in slices
 

@@ -60,6 +60,11 @@ class Metadata:
     make_vocab_size_divisible_by: int | None = None
     tokenizer_type: str | None = None
     tokenizer_model: str | None = None
+    vocab_as_is: bool = False  # nothing tells which rows of the vocabulary are padding
+    head_first: bool = False  # the output layer comes right after the embeddings
+    model_type: str | None = None  # as --model-type says it, for plugins of others
+    #: plain args of the source, for a target of its own format
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     def dtype(self, message: str, key: str) -> str:
         """Element type of one tensor of the stream."""

@@ -174,6 +174,23 @@ class EachExpert(Op):
 
 
 @dataclass(frozen=True)
+class Experts(Op):
+    """A key [e, m, h] whose experts are stored as one matrix: below each other [e*m, h], or `beside`, [m, e*h]."""
+
+    beside: bool = False
+
+    def part_shapes(self, keys: Sequence[Shape], spec: ModelSpec) -> list[Shape]:
+        experts, rows, cols = keys[0]
+        return [(rows, experts * cols) if self.beside else (experts * rows, cols)]
+
+    def tiles(self, keys: Sequence[Shape], index: int, spec: ModelSpec) -> list[Tile]:
+        experts, rows, cols = keys[0]
+        if not self.beside:
+            return [Tile(0, 0, 0, 0, 0, experts * rows, cols)]
+        return [Tile(0, e * rows, 0, 0, e * cols, rows, cols) for e in range(experts)]
+
+
+@dataclass(frozen=True)
 class LatentHalves(Op):
     """Rotary rows of multi-latent attention: in pairs in the key, first all firsts, then all seconds in the part.
 
@@ -269,6 +286,40 @@ class Alternate(View):
 
 
 @dataclass(frozen=True)
+class RotaryPairs(View):
+    """Rows of qkv heads: of the first `count` heads of every `group`, rows j and j + d/2 of a head as the op sees them
+    are stored as a pair, 2j and 2j + 1 (Meta's rotary order); the other heads (values) are stored as they are seen.
+    """
+
+    count: int
+    group: int
+    d: int
+
+    def seen(self, stored: LazyTensor) -> LazyTensor:
+        half, cols = self.d // 2, stored.cols
+        pairs = stored.seen((stored.rows // 2, 2 * cols))
+        pieces: list[Piece] = []
+        for head in range(stored.rows // self.d):
+            top = head * self.d
+            if head % self.group < self.count:
+                pieces += [Piece(top + n * half, 0, half, cols, pairs, top // 2, n * cols) for n in (0, 1)]
+            else:
+                pieces.append(Piece(top, 0, self.d, cols, stored, top, 0))
+        return Assembly(stored.dtype, stored.shape, tuple(pieces))
+
+    def stored(self, seen: LazyTensor) -> LazyTensor:
+        half, cols = self.d // 2, seen.cols
+        pieces: list[Piece] = []
+        for head in range(seen.rows // self.d):
+            top, part, above = head * self.d, seen, head * self.d
+            if head % self.group < self.count:
+                halves = tuple(Piece(0, n * cols, half, cols, seen, top + n * half, 0) for n in (0, 1))
+                part, above = Assembly(seen.dtype, (half, 2 * cols), halves).seen((self.d, cols)), 0
+            pieces.append(Piece(top, 0, self.d, cols, part, above, 0))
+        return Assembly(seen.dtype, seen.shape, tuple(pieces))
+
+
+@dataclass(frozen=True)
 class Then(View):
     """`first` is nearer to the stored tensor, `second` to the op."""
 
@@ -293,6 +344,8 @@ FUSE_KV = FuseKV()
 STACK = Stack()
 BESIDE = Beside()
 PER_EXPERT = PerExpert(COPY)
+EXPERTS_BELOW = Experts()
+EXPERTS_BESIDE = Experts(beside=True)
 TRANSPOSE = Transpose()
 ALTERNATE = Alternate()
 ZEROS = Constant(ones=False)

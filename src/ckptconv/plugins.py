@@ -23,12 +23,24 @@ from ckptconv.errors import UsageError, near, some
 
 FUNCTIONS = {"loader": "load_checkpoint", "saver": "save_checkpoint"}
 
+#: What others' converters call plugins that are ours under another name.
+OLDER_NAMES = {
+    "loader": {"core": "megatron_mcore", "mcore": "megatron_mcore", "legacy": "megatron_legacy",
+               "mindspore": "core_mf"},
+    "saver": {"core": "megatron_mcore", "mcore": "megatron_mcore", "legacy": "megatron_legacy",
+              "megatron": "megatron_legacy"},
+}  # fmt: skip
+#: A loader whose name meant legacy models first and megatron-core's later: what the directory holds decides.
+ANY_MEGATRON = "megatron"
+
 
 @dataclass(frozen=True)
 class Plugin:
     """A validated plugin. `ours` plugins speak lazy tensors; those of others get and put real ones.
 
     `slices`: a saver that has said (`takes_expert_slices = True`) that it takes big layers in several messages.
+    `files`: a loader that has said (`takes_files = True`) that --load-dir may be a file; `hub`: one that has said
+    (`from_hub = True`) that it may be a model of the Hugging Face hub.
     """
 
     kind: str
@@ -40,6 +52,8 @@ class Plugin:
     ours: bool
     summary: str
     slices: bool = False
+    files: bool = False
+    hub: bool = False
 
 
 def builtin(kind: str) -> list[str]:
@@ -60,6 +74,7 @@ def installed(kind: str) -> list[importlib.metadata.EntryPoint]:
 
 def find(kind: str, name: str) -> Plugin:
     """The plugin called `name`. Raises UsageError: not found, broken dependency, missing function."""
+    name = OLDER_NAMES[kind].get(name, name)
     if name in builtin(kind):
         if kind == "loader" and name.startswith("hf_"):
             hf = importlib.import_module("ckptconv.loaders.hf")
@@ -126,18 +141,35 @@ def _validated(kind: str, name: str, module: Any, origin: str, ours: bool) -> Pl
     lines = (inspect.getdoc(module) if not isinstance(module, SimpleNamespace) else module.__doc__) or ""
     summary = lines.strip().split("\n")[0]
     slices = bool(getattr(module, "takes_expert_slices", False))
-    return Plugin(kind, name, where, origin, found["add_arguments"], found[function], ours, summary, slices)
+    single = bool(getattr(module, "takes_files", False))
+    return Plugin(
+        kind, name, where, origin, found["add_arguments"], found[function], ours, summary, slices, single,
+        bool(getattr(module, "from_hub", False)),
+    )  # fmt: skip
 
 
 def listing() -> Iterator[tuple[str, str, str, str]]:
     """(kind, name, origin, summary or reason why it cannot be used) of everything that can be found by name."""
     for kind in FUNCTIONS:
         for name in [*builtin(kind), *(entry.name for entry in installed(kind))]:
-            try:
-                plugin = find(kind, name)
-                yield kind, name, plugin.origin, plugin.summary
-            except Exception as error:
-                yield kind, name, "broken", some([str(error)])
+            yield _listed(kind, name)
+
+
+def on_path() -> Iterator[tuple[str, str, str, str]]:
+    """The same of plugins that are modules on the Python path: `loader_NAME`, `checkpoint_saver_NAME`, ..."""
+    for kind in FUNCTIONS:
+        for module in pkgutil.iter_modules():
+            prefix = next((p for p in (f"{kind}_", f"checkpoint_{kind}_") if module.name.startswith(p)), None)
+            if prefix:
+                yield _listed(kind, module.name.removeprefix(prefix))
+
+
+def _listed(kind: str, name: str) -> tuple[str, str, str, str]:
+    try:
+        plugin = find(kind, name)
+        return kind, name, plugin.origin, plugin.summary
+    except Exception as error:
+        return kind, name, "broken", some([str(error)])
 
 
 def detect(load_dir: str) -> str:

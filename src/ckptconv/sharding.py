@@ -20,8 +20,9 @@ from ckptconv.spec import ModelSpec
 class Placement:
     """One tensor name on one stage: what it holds and how the tensor ranks share it.
 
-    `expert`: it holds this global expert's slice of the keys and lies on one expert rank (`ep_rank`) only; other
-    tensors lie on all of them.
+    `chunk`: on which virtual stage, where the files tell them apart (`slot`). `expert`: which slice of the keys it
+    holds, one expert's or that of all experts of a rank; it lies on one expert rank (`ep_rank`) only, other tensors lie
+    on all of them.
     """
 
     message: str
@@ -34,16 +35,22 @@ class Placement:
     ep: int
     expert: int | None = None
     ep_rank: int | None = None
+    chunk: int | None = None
+
+    @property
+    def slot(self) -> str:
+        """The name with the virtual stage, which alone is unique in a rank file."""
+        return slot_name(self.chunk, self.name)
 
     @property
     def part_shape(self) -> Shape:
         """Shape on one rank, as a file has it."""
-        shape = self.seen_shape
+        shape = self.row.view.shape(self.row.cut.stored(self.shapes, self.tp))
         return shape[1:] if self.row.vector else shape
 
     @property
     def seen_shape(self) -> Shape:
-        """Shape on one rank, as tiles see it: an expert's slice of a bias is one row."""
+        """Shape on one rank, as tiles see it: an expert's slice of a bias is one row (and see `Cut.stored`)."""
         return self.row.cut.shape(self.shapes, self.tp)
 
     @property
@@ -61,33 +68,48 @@ class Placement:
         return [replace(tile, row=tile.row + above) for tile in tiles]
 
 
+def slot_name(chunk: int | None, name: str) -> str:
+    """What a tensor of a rank file goes by: its name, behind `model0/` where there are virtual stages."""
+    return name if chunk is None else f"model{chunk}/{name}"
+
+
 def _stored(shape: Shape, row: Row, padded_vocab: int) -> Shape:
     return (padded_vocab, *shape[1:]) if row.vocab else shape
 
 
 def place(table: Sequence[Row], message: Expected, spec: ModelSpec, layout: Layout, padded: int) -> list[Placement]:
     """Where the tensors of one message lie."""
-    last = layout.pp - 1
+    first, mtp = (0, 0), layout.mtp or layout.last
+    homes = {"embeddings": first, "mtp layer {i}": mtp, "final norm": layout.final_norm or layout.last}
     if message.layer is not None and message.layer < layout.num_layers:
-        stage, local = layout.stage_of(message.layer)
+        stage, chunk, local = layout.home_of(message.layer)
+        home = stage, chunk
     else:
-        stage, local = (0 if message.template == "embeddings" else last), message.index
+        home, local = homes.get(message.template, layout.last), message.index
     placements = []
     for row in rows_of(table, message, spec):
-        if row.last_stage and layout.pp == 1:
+        if (row.last_stage or row.mtp_stage) and layout.pp == 1 and not row.double:
             continue  # on the only stage it is the embedding itself
         shapes = tuple(_stored(message.shapes[key], row, padded) for key in row.keys)
+        stage, chunk = layout.last if row.last_stage else mtp if row.mtp_stage else home
         one = Placement(
-            message.name, row.keys, shapes, row, last if row.last_stage else stage, row.name, layout.tp, layout.ep
-        )
+            message.name, row.keys, shapes, row, stage, row.name, layout.tp, layout.ep,
+            chunk=chunk if layout.vpp > 1 and layout.apart else None,
+        )  # fmt: skip
+        if row.stacked:
+            name = row.name.format(i=local, n=message.layer)
+            each = tuple((shape[0] // layout.ep, *shape[1:]) for shape in shapes)
+            for rank in range(layout.ep):
+                placements.append(replace(one, name=name, shapes=each, expert=rank, ep_rank=rank))
+            continue
         if not row.expert:
-            placements.append(replace(one, name=row.name.format(i=local)))
+            placements.append(replace(one, name=row.name.format(i=local, n=message.layer)))
             continue
         # A slice of a bias [e, m] is [m] in the file, but one row of its message tensor.
         each = tuple((1, *shape[1:]) if row.vector else shape[1:] for shape in shapes)
         for expert in range(layout.num_experts):
             rank, number = layout.expert_of(expert)
-            name = row.name.format(i=local, e=number)
+            name = row.name.format(i=local, n=message.layer, e=number, g=expert)
             placements.append(replace(one, name=name, shapes=each, expert=expert, ep_rank=rank))
     return placements
 

@@ -102,6 +102,7 @@ class ModelSpec:
     model_type: str = "GPT"
     norm: str = "RMSNorm"  # or LayerNorm, which adds biases
     norm_epsilon: float = 1e-5
+    norm_bias: bool = True  # of LayerNorm; RMSNorm never has one
     norm_offset: bool = False  # stored weights are gamma - 1; a flag, never arithmetic
     norms: str = "pre"  # one of NORMS
     qk_norm: str | None = None  # norms on queries and keys: `head` (one for all heads) or `full` (over all heads)
@@ -123,6 +124,7 @@ class ModelSpec:
     sliding_window: int | None = None  # keys seen by a query, itself included
     window_layers: tuple[int, ...] | None = None  # 1 for every layer with the window; None: all
     sinks: bool = False  # one more, trained logit per head in the softmax
+    qkv_clip: float | None = None  # queries, keys and values are clipped to this and its negative
     softmax_scale: float | None = None  # None: 1 / sqrt(head dim)
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -162,7 +164,10 @@ class ModelSpec:
                     "layers."
                 )
         if self.moe and not 0 < self.moe.topk <= self.moe.num_experts:
-            raise SourceError(f"model config: top {self.moe.topk} of {self.moe.num_experts} experts.")
+            raise SourceError(
+                f"model config: top {self.moe.topk} of {self.moe.num_experts} experts, expected at least one, and no "
+                "more than there are."
+            )
 
     @property
     def heads_per_group(self) -> int:
@@ -179,7 +184,7 @@ class ModelSpec:
 
     @property
     def norm_has_bias(self) -> bool:
-        return self.norm == "LayerNorm"
+        return self.norm == "LayerNorm" and self.norm_bias
 
     def replace(self, **changes: Any) -> ModelSpec:
         """A copy with some fields changed."""
@@ -214,10 +219,16 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(one: ModelSpec, other: ModelSpec, ignore: typing.Collection[str] = ()) -> list[str]:
-    """`field: a != b` for every field in which two specs differ."""
-    lines = []
-    for f in dataclasses.fields(ModelSpec):
+    """`field: a != b` for every field in which two specs differ, `rope.theta: a != b` for a field of a field."""
+    return list(_differences(one, other, ignore))
+
+
+def _differences(one: Any, other: Any, ignore: typing.Collection[str]) -> typing.Iterator[str]:
+    for f in dataclasses.fields(one):
         left, right = getattr(one, f.name), getattr(other, f.name)
-        if f.name not in ignore and left != right:
-            lines.append(f"{f.name}: {left} != {right}")
-    return lines
+        if f.name in ignore or left == right:
+            continue
+        if type(left) is type(right) and dataclasses.is_dataclass(left):
+            yield from (f"{f.name}.{line}" for line in _differences(left, right, ()))
+        else:
+            yield f"{f.name}: {left} != {right}"

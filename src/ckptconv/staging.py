@@ -14,6 +14,8 @@ import os
 import shutil
 import signal
 import threading
+import time
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from ckptconv.files import PARTIAL
 
 _REPLACED = ".ckptconv-replaced"
 _JOURNAL, _LOCK = "journal.json", "lock"
+#: Files after each of which the journal is written.
+_EACH = 256
 
 
 class Stopped(CkptconvError):
@@ -39,6 +43,7 @@ class Staging:
         self.finished: dict[str, int] = {}
         self.digests: dict[str, dict[str, str]] = {}
         self._fingerprint: Any = None
+        self._noted = 0.0
         self._lock: int | None = None
         self._begun = self._published = False
         try:
@@ -70,6 +75,8 @@ class Staging:
             # What was stopped from outside (a signal, a full disk) can be continued; what was wrong cannot.
             wrong = isinstance(error, CkptconvError) and not isinstance(error, Stopped | TargetError)
             if self.finished and not wrong:
+                with contextlib.suppress(TargetError):
+                    self._note()
                 annotate(error, [
                     f"{len(self.finished)} finished files are kept in {self.partial}: run the same command with "
                     "--resume to continue, or delete that directory."
@@ -105,11 +112,7 @@ class Staging:
         except OSError as error:
             raise TargetError(f"{self.target}: cannot be made: {error.strerror}.") from error
         needed = sum(size for name, size in planned.items() if name not in self.finished)
-        if needed > free:
-            raise TargetError(
-                f"{self.target}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free. "
-                "Free space there or choose another --save-dir; nothing was written."
-            )
+        _check_room(self.target, needed, free)
         self._note()
 
     def _hold(self) -> None:
@@ -164,6 +167,10 @@ class Staging:
                 f"{self.partial}: has no readable journal, so it cannot be resumed. Give --overwrite to start again."
             ) from error
 
+    def present(self) -> list[str]:
+        """Names in the target now."""
+        return os.listdir(self.target) if self.target.is_dir() else []
+
     def path(self, name: str) -> str:
         """Where the file called `name` (relative to the target) is collected."""
         return str(self.partial / name)
@@ -172,9 +179,12 @@ class Staging:
         """Note that a file is complete and flushed, and the digests known so far."""
         self.finished[name] = size
         self.digests = digests
-        self._note()
+        # The journal lists all finished files: with thousands of small ones, once a second is often enough.
+        if len(self.finished) <= _EACH or time.monotonic() - self._noted > 1:
+            self._note()
 
     def _note(self) -> None:
+        self._noted = time.monotonic()
         text = json.dumps({"fingerprint": self._fingerprint, "finished": self.finished, "digests": self.digests})
         # Not flushed: what it says of files is true, they are; and each flush would make the disk wait.
         _write(self.partial / _JOURNAL, text.encode(), durable=False)
@@ -184,6 +194,10 @@ class Staging:
         path = self.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, data)
+
+    def folder(self, name: str) -> None:
+        """A folder, which may stay empty."""
+        (self.partial / name).mkdir(parents=True, exist_ok=True)
 
     def publish(self, first: Sequence[str], last: Sequence[str], stale: Iterable[str] = ()) -> None:
         """Rename files and folders into place: `first` in any order, then `last` in order.
@@ -222,6 +236,54 @@ class Staging:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+class Draft(Staging):
+    """An output that is only planned: files are counted, nothing is made. `free`: bytes on the target's disk."""
+
+    def __init__(self, save_dir: str, *, overwrite: bool, resume: bool) -> None:
+        super().__init__(save_dir, overwrite=overwrite, resume=resume)
+        self.files: dict[str, int] = {}
+        self.replaced: list[str] = []
+        self.plan: Any = None  # what `writing.write` was given
+        above = self.target.absolute()
+        while not above.exists():
+            above = above.parent
+        self.free, self.writable = shutil.disk_usage(above).free, os.access(above, os.W_OK)
+
+    def begin(self, fingerprint: dict[str, Any], planned: dict[str, int]) -> None:
+        """Note what would be written. Raises UsageError as for a run to resume."""
+        self._fingerprint = json.loads(json.dumps(fingerprint))
+        if self._resume:
+            self._continue(planned)
+        self.files = dict(planned)
+
+    @property
+    def needed(self) -> int:
+        """Bytes still to be written."""
+        return sum(size for name, size in self.files.items() if name not in self.finished)
+
+    def check(self) -> None:
+        """Raise TargetError when the disk cannot take it."""
+        _check_room(self.target, self.needed, self.free)
+        if not self.writable:
+            raise TargetError(f"{self.target}: cannot be made: Permission denied.")
+
+    def add(self, name: str, data: bytes) -> None:
+        self.files[name] = len(data)
+
+    def folder(self, name: str) -> None:
+        """It has no bytes."""
+
+    def publish(self, first: Sequence[str], last: Sequence[str], stale: Iterable[str] = ()) -> None:
+        names = dict.fromkeys([*first, *last, *stale])
+        self.replaced = [name for name in names if (self.target / name).exists()]
+
+
+def staged(args: Namespace) -> Staging:
+    """The output of a run, as its flags have it; a Draft where args has one."""
+    draft = getattr(args, "draft", None)
+    return draft or Staging(args.save_dir, overwrite=args.overwrite, resume=args.resume)
+
+
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Ignore what would end the process between two renames: by then it is quicker to finish."""
@@ -233,6 +295,14 @@ def _uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_room(target: Path, needed: int, free: int) -> None:
+    if needed > free:
+        raise TargetError(
+            f"{target}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free. "
+            "Free space there or choose another --save-dir; nothing was written."
+        )
 
 
 def _remove(path: Path) -> None:

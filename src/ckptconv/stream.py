@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptconv import metadata
 from ckptconv.lazy import LazyTensor
 from ckptconv.messages import Expected, expected
 from ckptconv.metadata import Metadata
 from ckptconv.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from ckptconv.joining import Shards
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What lies where in a source: the tensors of each file or rank by name, as stored, for who looks at it.
+
+    shards: how ranks share the tensors of messages, where a format has ranks.
+    """
+
+    tensors: Mapping[str, Mapping[str, LazyTensor]]
+    shards: Shards | None = None
 
 
 class Source(Protocol):
@@ -25,9 +39,22 @@ class Source(Protocol):
     def tensors(self, message: Expected) -> dict[str, LazyTensor]:
         """The full tensors of one message, not read."""
 
+    def holdings(self) -> Holdings:
+        """What lies where. Only for who looks at a source; nothing is converted by it."""
+
+
+class Looking:
+    """In the place of a queue: what takes the source of a loader of ours, and nothing that it would send."""
+
+    source: Source | None = None
+
+
 
 def send(queue: Any, source: Source) -> None:
     """Send a model: metadata with the element types that differ from the model's, every message, `done`."""
+    if isinstance(queue, Looking):
+        queue.source = source
+        return
     messages = [(message.name, source.tensors(message)) for message in expected(source.spec)]
     kinds: dict[str, dict[str, str]] = {}
     for name, tensors in messages:

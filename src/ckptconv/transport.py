@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptconv import dtypes, families, lazy, metadata
+from ckptconv import dialect, dtypes, families, lazy, metadata
 from ckptconv.errors import ProtocolError, UsageError
 from ckptconv.lazy import Cast, FileTensor, LazyTensor
 from ckptconv.measure import resident
@@ -138,10 +138,12 @@ class Sender:
     """What a loader puts into. Accepts our lazy tensors and torch tensors, today's names and the older ones."""
 
     def __init__(self, queue: Any, returned: Any, *, checking: bool, dtype: str | None, loader: str,
-                 memory: Budget, alive: Callable[[], None], model_type: str | None = None) -> None:  # fmt: skip
+                 memory: Budget, alive: Callable[[], None], model_type: str | None = None,
+                 spoken: str = "auto", kv_channels: int | None = None) -> None:  # fmt: skip
         self._queue, self._checking, self._dtype, self._loader, self._alive = queue, checking, dtype, loader, alive
         self._shared = _Shared(memory, returned, alive)
-        self._model_type = model_type
+        self._model_type, self._kv_channels, self._spoken = model_type, kv_channels, spoken
+        self._translated = False  # it speaks the dialect of Megatron-LLM
         self._metadata: Metadata | None = None
         self._namespace: Any = None
         self._held: list[dict[str, Any]] = []  # messages that came before the sizes were known
@@ -195,14 +197,22 @@ class Sender:
         known = metadata.read(namespace)
         if known:
             self._open(known)
+        else:
+            self._translated = self._spoken == "megatron_llm" or (self._spoken == "auto" and dialect.speaks(namespace))
 
     def _open(self, known: Metadata) -> None:
         if self._dtype:
             known = _cast_metadata(known, self._dtype)
         if self._model_type:
             families.check_model_type(self._model_type, known.spec)
+            known = replace(known, model_type=self._model_type)
+        if self._kv_channels not in (None, known.spec.kv_channels):
+            raise UsageError(
+                f"--kv-channels {self._kv_channels}: the source has heads of {known.spec.kv_channels}. Leave the flag "
+                "out, or give another source."
+            )
         self._metadata = known
-        self._course = Course(known.spec)
+        self._course = Course(known.spec, known.head_first)
         ours = metadata.build(known)
         theirs = {k: v for k, v in vars(self._namespace).items() if _plain(v) and not hasattr(ours, k)}
         self._send(type(ours)(**{**theirs, **vars(ours)}))
@@ -211,15 +221,17 @@ class Sender:
         if self._metadata is None:
             # A loader that knows only Megatron's fields: sizes are complete once the first layer is here.
             self._held.append(message)
-            if len(self._held) < 2:
+            early = self._translated and message["name"] == "lm_head"
+            if len(self._held) < 2 or early:
                 return
-            first, layer = self._held
+            first, layer = self._held[0], self._held[-1]
             if "word embeddings" not in first or "qkv weight" not in layer:
                 raise ProtocolError(
                     f"loader {self._loader}: began with messages {first['name']!r} and {layer['name']!r}, expected "
                     "'embeddings' with 'word embeddings' and 'transformer layer 0' with 'qkv weight'."
                 )
-            self._open(metadata.complete(self._namespace, first, layer, self._loader))
+            complete = dialect.complete if self._translated else metadata.complete
+            self._open(complete(self._namespace, first, layer, self._loader))
             for held in self._held:
                 self._check_and_send(held)
             self._held.clear()
@@ -227,12 +239,21 @@ class Sender:
             self._check_and_send(message)
 
     def _check_and_send(self, message: dict[str, Any]) -> None:
-        assert self._course is not None
+        assert self._course is not None and self._metadata is not None
+        if self._translated:
+            message = dialect.to_ours(message, self._metadata.spec, self._metadata.tp)
         want = self._course.next(message["name"], message)
         if want is None:
             if not self._checking:
                 return
             raise ProtocolError(f"loader {self._loader}: sent {message['name']!r} after the last message of the model.")
+        for key in want.shapes.keys() & message.keys():
+            if not isinstance(message[key], LazyTensor) and not hasattr(message[key], "detach"):
+                what = type(message[key]).__name__
+                raise ProtocolError(
+                    f"loader {self._loader}: message {want.name!r}: {key!r} is a {what}, expected a torch.Tensor. "
+                    "Leave out keys that the model does not have; torch.from_numpy takes arrays."
+                )
         _trim_vocabulary(message, want)
         tensors = check(message, want, self._checking)
         self._send(self._wire(want, tensors))
@@ -276,38 +297,79 @@ class Receiver:
     """What a saver gets from. Ours iterate over `messages`; those of others call `get`."""
 
     def __init__(self, queue: Any, returned: Any, *, checking: bool, alive: Callable[[], None],
-                 slices: bool = False, most: int | None = None) -> None:  # fmt: skip
+                 slices: bool = False, most: int | None = None, spoken: str = "auto") -> None:  # fmt: skip
         self._queue, self._returned, self._checking, self._alive = queue, returned, checking, alive
-        self._slices, self._most = slices, most
+        self._slices, self._most, self._spoken = slices, most, spoken
         self._metadata: Metadata | None = None
         self._course: Course | None = None
-        self._ready: Iterator[dict[str, Any]] = iter(())
+        self._fields: dialect.Fields | None = None  # the first message of a plugin of others
+        self._ready: Iterator[dict[str, Any]] | None = None
         self.finished = False
 
     def rest(self) -> None:
         """After a saver of others has returned: only the last word may be left. Raises ProtocolError."""
         if self._metadata is None:
             raise ProtocolError("it returned before it had taken the metadata.")
-        if not self.finished and (item := self._checked()) is not None:
-            raise ProtocolError(f"it returned before it had taken {item[0].name!r}.")
+        if self._ready is not None:
+            left = next(self._ready, None)
+            name = left and str(left["name"])
+        else:
+            item = None if self.finished else self._checked()
+            name = item and item[0].name
+        if name:
+            raise ProtocolError(f"it returned before it had taken {name!r}.")
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next item for a plugin of others: Namespace, dict of real tensors in private memory, or `done`."""
-        if self.finished:
-            return "done"
         if self._metadata is None:
-            namespace = self._open()
-            return metadata.for_plugin(namespace)
-        message = next(self._ready, None)
-        if message is None:
-            item = self._checked()
-            if item is None:
-                return "done"
-            self._ready = self._messages(*item)
-            message = next(self._ready)
-        return message
+            fields = metadata.for_plugin(self._open())
+            if self._spoken == "megatron":
+                return fields
+            assert self._metadata is not None
+            self._fields = dialect.Fields(vars(fields), self._metadata)
+            if self._spoken == "megatron_llm":
+                self._fields.speak()
+            return self._fields
+        if self._ready is None:
+            translated = self._fields is not None and self._fields.spoken
+            self._ready = self._translated() if translated else self._in_order()
+        return next(self._ready, "done")
 
     get_nowait = get
+
+    def _in_order(self) -> Iterator[dict[str, Any]]:
+        """Real messages in the order of Megatron-LM: an output layer that came early waits for its place."""
+        assert self._metadata is not None
+        early: list[dict[str, Any]] = []
+        for want, wire in self.messages():
+            hold = self._metadata.head_first and want.template == "output layer"
+            for message in self._messages(want, wire):
+                if hold:
+                    early.append(message)
+                else:
+                    yield message
+            if want.template == "final norm":
+                yield from early
+
+    def _translated(self) -> Iterator[dict[str, Any]]:
+        """Real messages in the dialect of Megatron-LLM, whose output layer comes early."""
+        assert self._metadata is not None
+        spec, late = self._metadata.spec, not (self._metadata.head_first or self._metadata.spec.tied)
+        held: list[tuple[Expected, Wire]] = []
+        for item in self.messages():
+            if late and item[1].buffer is not None:
+                raise ProtocolError(
+                    "the saver wants the output layer right after the embeddings, where this loader sends it last. "
+                    "Convert to a directory first (--saver megatron_llm), and from there."
+                )
+            held.append(item)
+            if late and item[0].template == "output layer":
+                held.sort(key=lambda one: one[0].template not in ("embeddings", "output layer"))
+                late = False
+            while held and not late:
+                for message in self._messages(*held.pop(0)):
+                    translated = dialect.to_theirs(message, spec)
+                    yield Message({**translated, "name": MessageName(translated["name"])})
 
     def _messages(self, want: Expected, wire: Wire) -> Iterator[dict[str, Any]]:
         """A message as a saver of others takes it: whole, or in slices that fit into memory."""
@@ -386,8 +448,8 @@ class Receiver:
         namespace = self._take()
         self._metadata = metadata.read(namespace)
         if self._metadata is None:
-            raise ProtocolError("the stream did not begin with metadata")
-        self._course = Course(self._metadata.spec)
+            raise ProtocolError("the stream did not begin with metadata.")
+        self._course = Course(self._metadata.spec, self._metadata.head_first)
         return namespace
 
     def _checked(self) -> tuple[Expected, Wire] | None:

@@ -25,7 +25,7 @@ from ckptconv.lazy import Assembly, LazyTensor, Literal, Piece, Zeros
 from ckptconv.messages import Expected, expected
 from ckptconv.metadata import Metadata
 from ckptconv.ops import Tile
-from ckptconv.staging import Staging
+from ckptconv.staging import Draft, Staging
 from ckptconv.transport import Receiver, Wire
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 #: Messages that may be partly written when the next one is taken.
 IN_FLIGHT = 3
+
+#: The digest of a tensor that has not been read: as long as others are.
+_UNKNOWN = f"crc32:{0:08x}"
 
 PADDINGS = ("zero", "repeat", "mean")
 
@@ -57,6 +60,16 @@ class Build:
     make: Callable[[dict[str, LazyTensor]], LazyTensor]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What `write` is given: the files and what goes where."""
+
+    files: Mapping[str, PlannedFile]
+    routes: Routes
+    fills: Sequence[tuple[LazyTensor, Route]]
+    builds: Mapping[str, Sequence[Build]]
+
+
 @dataclass
 class Written:
     """What was written: bytes in all, and a digest per tensor of the stream (message -> key -> text)."""
@@ -78,6 +91,10 @@ def write(
     Raises CkptconvError of any kind.
     """
     staging.begin(fingerprint, {name: plan.size for name, plan in plans.items()})
+    if isinstance(staging, Draft):
+        staging.plan = Plan(plans, routes, fills, builds)
+        unknown = {message.name: dict.fromkeys(message.shapes, _UNKNOWN) for message in expected(metadata.spec)}
+        return Written(sum(plan.size for plan in plans.values()), unknown)
     outputs = {name: Output(staging.path(name), plan) for name, plan in plans.items() if name not in staging.finished}
     names = {id(output): name for name, output in outputs.items()}
     for output in outputs.values():

@@ -148,7 +148,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         dcp.read(there)
     data.write_bytes(b"\0" * len(whole))
     with pytest.raises(SourceError, match=data.name):
-        dcp.read(there).tensors["half"].at()
+        lazy.to_torch(dcp.read(there).tensors["half"].at())
     data.unlink()
     with pytest.raises(SourceError, match="lacks"):
         dcp.read(there)

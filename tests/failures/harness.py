@@ -27,6 +27,7 @@ from typing import Any
 
 import pytest
 
+import inprocess
 from ckptconv import files, plugins
 from ckptconv.errors import CkptconvError
 from ckptconv.files import PARTIAL
@@ -170,6 +171,16 @@ class Run:
 def run(*words: object, limit: float = LIMIT, linger: float = LINGER, **options: Any) -> Ended:
     """Run the command line to its end."""
     return Run(words, **options).wait(limit, linger)
+
+
+def inside(*words: object) -> Ended:
+    """The same in this process, for refusals and for runs that only follow the one that was meddled with."""
+    began = time.monotonic()
+    if str(PLUGINS) not in sys.path:
+        sys.path.append(str(PLUGINS))
+    done = inprocess.here(*words)
+    text = done.stdout + done.stderr
+    return Ended(done.returncode, text, text, time.monotonic() - began, 0.0)
 
 
 def marked(mark: str) -> list[int]:

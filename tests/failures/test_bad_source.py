@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -9,18 +10,20 @@ import os
 import pickle
 import resource
 import shutil
+import signal
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import FIRST, MIDDLE, Ended, check_incomplete, run, spec, tree, words
+from harness import FIRST, MIDDLE, Ended, check_incomplete, inside, run, spec, tree, words
 
 Sources = dict[str, Path]
 SHARD, INDEX = "model-00001-of-00003.safetensors", "model.safetensors.index.json"
-#: A checkpoint of half a megabyte needs no more address space than this.
-MEMORY = 3 << 30
+#: A checkpoint of half a megabyte needs no more address space than this, and no more beside what is there already.
+MEMORY, MORE = 3 << 30, 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +50,41 @@ def mcore(tiny: Sources, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny["megatron_mcore"], tmp_path / "source"))
 
 
-def convert(source: Path, *flags: object, limit: float = 12) -> Ended:
-    saver = () if "--saver" in flags else ("--saver", "hf")
-    return run(
-        *saver, "--load-dir", source, "--save-dir", source.parent / "out", *flags, limit=limit,
-        preexec=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
-    )  # fmt: skip
+def convert(source: Path, *flags: object, limit: float = 12, processes: bool = False) -> Ended:
+    said = ("--saver", "hf", "--load-dir", source, "--save-dir", source.parent / "out", *flags)
+    if processes:
+        return run(*said, limit=limit, preexec=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)))
+    with bounded(limit):
+        return inside(*said)
+
+
+@contextlib.contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """Neither longer than this nor with much more memory, in this process."""
+
+    def late(number: int, frame: object) -> None:
+        raise AssertionError(f"still running after {seconds} s")
+
+    handler, limits = signal.signal(signal.SIGUSR2, late), resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR2))
+    timer.start()
+    resource.setrlimit(resource.RLIMIT_AS, (now + MORE, limits[1]))
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGUSR2, handler)
 
 
 def refused(
     source: Path, name: str | Path, *said: str, flags: tuple[object, ...] = (), codes: tuple[int, ...] = (3,),
-    limit: float = 12,
+    limit: float = 12, processes: bool = False,
 ) -> None:  # fmt: skip
     """It was refused with a message that names the file, and nothing was made."""
-    ended = convert(source, *flags, limit=limit).failed(*said)
+    ended = convert(source, *flags, limit=limit, processes=processes).failed(*said)
     assert ended.code in codes, ended.err
     assert str(source / name) in ended.message
     assert len(ended.message) < 1500
@@ -128,7 +152,7 @@ ABSENT: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("damage", SHARDS)
 def test_a_damaged_shard(damage: str, hf: Path) -> None:
     SHARDS[damage](hf / SHARD)
-    refused(hf, SHARD)
+    refused(hf, SHARD, processes=damage in ("cut in the data", "deep"))
 
 
 @pytest.mark.parametrize("damage", ABSENT)
@@ -315,7 +339,7 @@ def archive(data: bytes) -> dict[str, bytes]:
 @pytest.mark.parametrize("damage", RANKS)
 def test_a_damaged_rank(damage: str, mcore: Path) -> None:
     RANKS[damage](rank(mcore))
-    refused(mcore, "", "mp_rank_01_001")
+    refused(mcore, "", "mp_rank_01_001", processes=damage in ("cut in half", "a list"))
 
 
 @pytest.mark.parametrize(("name", "text"), [

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import FIRST, LAST, MIDDLE, Tree, check_incomplete, finished, load, run, tree, untouched, words
+from harness import FIRST, LAST, MIDDLE, Tree, check_incomplete, finished, inside, load, run, tree, untouched, words
 
 Sources = dict[str, Path]
 Disk = Callable[[str], Path]
@@ -22,7 +22,8 @@ def source(saver: str, sources: Sources) -> Path:
 @pytest.mark.parametrize("saver", SAVERS)
 def test_too_small_from_the_start(saver: str, sources: Sources, disk: Disk) -> None:
     top = disk("9m")
-    ended = run(*words(saver, source(saver, sources), top / "out")).failed("0.02 GB.*needed", "0.01 GB.*free", code=7)
+    ended = inside(*words(saver, source(saver, sources), top / "out"))
+    ended.failed("0.02 GB.*needed", "0.01 GB.*free", code=7)
     assert "Free space" in ended.message
     assert not list(top.iterdir())
 
@@ -30,7 +31,7 @@ def test_too_small_from_the_start(saver: str, sources: Sources, disk: Disk) -> N
 def test_too_small_beside_an_older_output(sources: Sources, disk: Disk, older: Callable[[str, Path], Tree]) -> None:
     target = disk("16m") / "out"
     before = older("megatron_mcore", target)
-    run(*words("megatron_mcore", sources["hf"], target, "--overwrite")).failed("needed", "free", code=7)
+    inside(*words("megatron_mcore", sources["hf"], target, "--overwrite")).failed("needed", "free", code=7)
     assert tree(target, ()) == before
 
 
@@ -51,7 +52,7 @@ def test_filled_meanwhile(saver: str, at: str, sources: Sources, disk: Disk, who
     if finished(target):
         assert "--resume" in ended.message
     if at != FIRST:
-        run(*words(saver, source(saver, sources), target, "--resume")).succeeded()
+        inside(*words(saver, source(saver, sources), target, "--resume")).succeeded()
         assert tree(target, ()) == whole(saver)
 
 
@@ -91,9 +92,9 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", where], check=True)
 
 
-@pytest.mark.parametrize("inside", ["", "out"])
-def test_read_only(inside: str, sources: Sources, read_only: Path) -> None:
-    run(*words("megatron_mcore", sources["hf"], read_only / inside)).failed(str(read_only), "Read-only", code=7)
+@pytest.mark.parametrize("name", ["", "out"])
+def test_read_only(name: str, sources: Sources, read_only: Path) -> None:
+    inside(*words("megatron_mcore", sources["hf"], read_only / name)).failed(str(read_only), "Read-only", code=7)
 
 
 def test_immutable(sources: Sources, tmp_path: Path) -> None:
@@ -103,20 +104,20 @@ def test_immutable(sources: Sources, tmp_path: Path) -> None:
     if subprocess.run(["chattr", "+i", target], capture_output=True).returncode:
         pytest.skip("chattr +i is not supported here")
     try:
-        run(*words("megatron_mcore", sources["hf"], target)).failed(str(target), "not permitted|denied", code=7)
+        inside(*words("megatron_mcore", sources["hf"], target)).failed(str(target), "not permitted|denied", code=7)
     finally:
         subprocess.run(["chattr", "-i", target], check=True)
 
 
 def test_a_target_under_a_file(sources: Sources, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    run(*words("megatron_mcore", sources["hf"], tmp_path / "file")).failed("file", code=2)
-    run(*words("megatron_mcore", sources["hf"], tmp_path / "file" / "out")).failed("out", "Not a directory", code=7)
+    inside(*words("megatron_mcore", sources["hf"], tmp_path / "file")).failed("file", code=2)
+    inside(*words("megatron_mcore", sources["hf"], tmp_path / "file" / "out")).failed("out", "Not a directory", code=7)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_target_that_cannot_be_named(sources: Sources, tmp_path: Path) -> None:
-    run(*words("megatron_mcore", sources["hf"], tmp_path / ("n" * 300))).failed("too long")
+    inside(*words("megatron_mcore", sources["hf"], tmp_path / ("n" * 300))).failed("too long")
 
 
 def test_other_files_are_kept(sources: Sources, tmp_path: Path, whole: Callable[[str], Tree]) -> None:
@@ -124,9 +125,9 @@ def test_other_files_are_kept(sources: Sources, tmp_path: Path, whole: Callable[
     (target / "sub").mkdir(parents=True)
     (target / "sub" / "notes.txt").write_text("mine")
     before = tree(target, ())
-    run(*words("hf", sources["megatron_mcore"], target)).failed("sub", "--overwrite", code=2)
+    inside(*words("hf", sources["megatron_mcore"], target)).failed("sub", "--overwrite", code=2)
     assert tree(target, ()) == before
-    run(*words("hf", sources["megatron_mcore"], target, "--overwrite")).succeeded()
+    inside(*words("hf", sources["megatron_mcore"], target, "--overwrite")).succeeded()
     assert tree(target, ()) == whole("hf") | before
 
 

@@ -36,7 +36,6 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(("saver", "flags", "limit"), [
     ("megatron_mcore", ("--target-tp", 8, "--target-pp", 4), 64),
     ("hf", ("--max-shard-size", "20KB"), 64),
-    ("hf", ("--max-shard-size", "20KB"), 256),
 ])  # fmt: skip
 def test_many_files(saver: str, flags: tuple[object, ...], limit: int, many: dict[str, Path], tmp_path: Path) -> None:
     ended = run(
@@ -66,11 +65,11 @@ def test_hardly_any_descriptors(sources: Sources, tmp_path: Path) -> None:
     assert not target.exists()
 
 
-BIG = ("--layers", 2, "--hidden", 1024, "--ffn", 30000, "--vocabulary", 1000)
+BIG = ("--layers", 2, "--hidden", 512, "--ffn", 12000, "--vocabulary", 1000)
 
 
 def test_messages_larger_than_dev_shm(tmp_path: Path) -> None:
-    """Layers of 190 MB each as torch tensors, which `torch.multiprocessing` would send through /dev/shm.
+    """Layers of 38 MB each as torch tensors, which `torch.multiprocessing` would send through /dev/shm.
 
     A container gives 64 MB; here it is one.
     """
@@ -78,7 +77,7 @@ def test_messages_larger_than_dev_shm(tmp_path: Path) -> None:
     run(*flags, "--save-dir", tmp_path / "out", prefix=in_shm("1m"), limit=60).succeeded()
     files = tree(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
-    assert sum(size for size, _ in files.values()) > 380e6
+    assert sum(size for size, _ in files.values()) > 76e6
 
 
 def test_no_dev_shm_to_speak_of(sources: Sources, tmp_path: Path, whole: Callable[[str], Tree]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Ended, Tree, check_incomplete, other, run, tree, words
+from harness import Ended, Tree, check_incomplete, inside, other, run, tree, words
 
 from ckptconv.files import PARTIAL
 
@@ -22,8 +22,17 @@ def meddled(saver: str, source: Path, target: Path, *more: object) -> Ended:
     return run(*words("meddling", source, target, *flags, loader=other(saver)))
 
 
-@pytest.mark.parametrize("rename", [0, 1, 4, 5, 7])
-def test_nothing_is_lost(rename: int, sources: Sources, tmp_path: Path, older: Older) -> None:
+def next_run(saver: str, source: Path, target: Path, *more: object) -> Ended:
+    flags = ("--writes", saver, "--overwrite", *more)
+    return inside(*words("meddling", source, target, *flags, loader=other(saver)))
+
+
+@pytest.mark.parametrize(("rename", "how"), [
+    (0, "--resume"), (1, "--resume"), (2, "--overwrite"), (4, "--resume"), (5, "--overwrite"), (7, "--resume"),
+])  # fmt: skip
+def test_nothing_is_lost_and_the_next_run_completes(
+    rename: int, how: str, sources: Sources, tmp_path: Path, older: Older, whole: Whole
+) -> None:
     """The old output, or what nobody takes for complete and has every byte of the old one."""
     target = tmp_path / "out"
     old = older("megatron_mcore", target)
@@ -34,18 +43,7 @@ def test_nothing_is_lost(rename: int, sources: Sources, tmp_path: Path, older: O
         assert {name: {**there, **tree(target / ASIDE)}.get(name) for name in old} == old
     else:
         assert there == old
-
-
-@pytest.mark.parametrize(("rename", "how"), [
-    (0, "--resume"), (2, "--overwrite"), (5, "--overwrite"), (7, "--resume"),
-])  # fmt: skip
-def test_the_next_run_completes(
-    rename: int, how: str, sources: Sources, tmp_path: Path, older: Older, whole: Whole
-) -> None:
-    target = tmp_path / "out"
-    old = older("megatron_mcore", target)
-    meddled("megatron_mcore", sources["hf"], target, "--rename-at", rename).failed("SIGKILL")
-    meddled("megatron_mcore", sources["hf"], target, how).succeeded()
+    next_run("megatron_mcore", sources["hf"], target, how).succeeded()
     assert tree(target, ()) == {**whole("megatron_mcore"), "notes.txt": old["notes.txt"]}
 
 
@@ -56,7 +54,7 @@ def test_shards(rename: int, sources: Sources, tmp_path: Path, older: Older, who
     ended = meddled("hf", sources["megatron_mcore"], target, "--rename-at", rename)
     if ended.code:
         check_incomplete(target, collected=True)
-        meddled("hf", sources["megatron_mcore"], target, "--resume").succeeded()
+        next_run("hf", sources["megatron_mcore"], target, "--resume").succeeded()
     assert tree(target, ()) == {**whole("hf"), "notes.txt": old["notes.txt"]}
 
 
@@ -78,6 +76,6 @@ def test_a_signal_that_can_be_handled(
 def test_two_runs_give_the_same_bytes(saver: str, sources: Sources, tmp_path: Path) -> None:
     found = []
     for name in ("one", "two"):
-        run(*words(saver, sources[other(saver)], tmp_path / name, loader=other(saver))).succeeded()
+        inside(*words(saver, sources[other(saver)], tmp_path / name, loader=other(saver))).succeeded()
         found.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("ckptconv.json")})
     assert found[0] == found[1]

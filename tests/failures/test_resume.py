@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import LAST, MIDDLE, Run, Tree, check_incomplete, finished, other, run, tree, words
+from harness import LAST, MIDDLE, Run, Tree, check_incomplete, finished, inside, other, run, tree, words
 
 from ckptconv.files import PARTIAL
 
@@ -37,8 +37,6 @@ def resumed(saver: str, source: Path, target: Path, *flags: object) -> list[obje
 
 @pytest.mark.parametrize(("saver", "deed", "at"), [
     ("megatron_mcore", TERM, MIDDLE),
-    ("megatron_mcore", TERM, LAST),
-    ("megatron_mcore", "group:SIGINT", MIDDLE),
     ("megatron_mcore", "saver:SIGKILL", MIDDLE),
     ("megatron_mcore", "signal:SIGKILL", MIDDLE),
     ("hf", TERM, MIDDLE),
@@ -79,9 +77,9 @@ def test_beside_an_older_output(
 
 
 def test_nothing_to_resume(sources: Sources, tmp_path: Path, whole: Whole) -> None:
-    run(*resumed("megatron_mcore", sources["hf"], tmp_path / "out")).succeeded()
+    inside(*resumed("megatron_mcore", sources["hf"], tmp_path / "out")).succeeded()
     assert tree(tmp_path / "out", ()) == whole("megatron_mcore")
-    run(*resumed("megatron_mcore", sources["hf"], tmp_path / "out")).failed("not empty", code=2)
+    inside(*resumed("megatron_mcore", sources["hf"], tmp_path / "out")).failed("not empty", code=2)
     assert tree(tmp_path / "out", ()) == whole("megatron_mcore")
 
 
@@ -117,7 +115,7 @@ def test_other_flags(
 ) -> None:
     target = tmp_path / "out"
     interrupted(target, saver)
-    run(*resumed(saver, sources[other(saver)], target, *flags)).failed(differs, "--overwrite", code=2)
+    inside(*resumed(saver, sources[other(saver)], target, *flags)).failed(differs, "--overwrite", code=2)
     check_incomplete(target)
 
 
@@ -125,7 +123,7 @@ def test_another_source(sources: Sources, tmp_path: Path, interrupted: Interrupt
     target, copied = tmp_path / "out", tmp_path / "copy"
     interrupted(target)
     shutil.copytree(sources["hf"], copied)
-    run(*resumed("megatron_mcore", copied, target)).failed("source", code=2)
+    inside(*resumed("megatron_mcore", copied, target)).failed("source", code=2)
 
 
 @pytest.mark.parametrize("change", ["touch", "grow"])
@@ -141,22 +139,22 @@ def test_a_changed_source(change: str, sources: Sources, tmp_path: Path) -> None
         data = bytearray(shard.read_bytes())
         data[8 + header] ^= 1
         shard.write_bytes(data)
-    run(*resumed("megatron_mcore", source, target)).failed("source files", code=2)
+    inside(*resumed("megatron_mcore", source, target)).failed("source files", code=2)
 
 
 def test_a_refusal_keeps_what_there_is(sources: Sources, tmp_path: Path, interrupted: Interrupted) -> None:
     target = tmp_path / "out"
     interrupted(target)
     before = tree(target, ())
-    run(*resumed("megatron_mcore", sources["hf"], target, "--target-tp", 4)).failed("tp", code=2)
-    run(*words("megatron_mcore", sources["hf"], target, loader="hf")).failed("--resume", "--overwrite", code=2)
+    inside(*resumed("megatron_mcore", sources["hf"], target, "--target-tp", 4)).failed("tp", code=2)
+    inside(*words("megatron_mcore", sources["hf"], target, loader="hf")).failed("--resume", "--overwrite", code=2)
     assert tree(target, ()) == before
 
 
 def test_begun_again(sources: Sources, tmp_path: Path, interrupted: Interrupted, whole: Whole) -> None:
     target = tmp_path / "out"
     interrupted(target)
-    run(*words("megatron_mcore", sources["hf"], target, "--overwrite", loader="hf")).succeeded()
+    inside(*words("megatron_mcore", sources["hf"], target, "--overwrite", loader="hf")).succeeded()
     assert tree(target, ()) == whole("megatron_mcore")
 
 
@@ -179,7 +177,7 @@ def test_a_damaged_journal(text: str | None, sources: Sources, tmp_path: Path, i
         journal.write_text(json.dumps(json.loads(journal.read_text()) | {key: json.loads(value)}))
     else:
         journal.write_text(text)
-    run(*resumed("megatron_mcore", sources["hf"], target)).failed("--overwrite", str(target), code=2)
+    inside(*resumed("megatron_mcore", sources["hf"], target)).failed("--overwrite", str(target), code=2)
     check_incomplete(target)
 
 
@@ -191,19 +189,20 @@ def test_a_finished_file_that_is_damaged(
     interrupted(target)
     path = target / PARTIAL / next(iter(finished(target)))
     path.unlink() if how == "removed" else os.truncate(path, 1000)
-    run(*resumed("megatron_mcore", sources["hf"], target)).succeeded()
+    inside(*resumed("megatron_mcore", sources["hf"], target)).succeeded()
     assert tree(target, ()) == whole("megatron_mcore")
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
 def test_two_runs_at_once(flag: str, sources: Sources, tmp_path: Path, whole: Whole) -> None:
     """The second is refused, whatever its flags, and the first is not disturbed."""
-    target, note = tmp_path / "out", tmp_path / "note"
-    deeds = ("--at", MIDDLE, "--deeds", f"finished:1,touch:{note},sleep:1.5")
+    target, note, go = tmp_path / "out", tmp_path / "note", tmp_path / "go"
+    deeds = ("--at", MIDDLE, "--deeds", f"finished:1,touch:{note},wait:{go}")
     running = Run(words("megatron_mcore", sources["hf"], target, *deeds))
     while not note.exists():
         time.sleep(0.01)
-    second = run(*words("megatron_mcore", sources["hf"], target, flag, loader="hf"))
+    second = inside(*words("megatron_mcore", sources["hf"], target, flag, loader="hf"))
+    go.touch()
     first = running.wait()
     second.failed(str(target), "another|running|in use")
     first.succeeded()

@@ -12,16 +12,15 @@ from harness import MIDDLE, Run, check_incomplete, run, words
 Sources = dict[str, Path]
 
 
-def started(words: list[object], note: Path) -> Run:
-    running = Run(words)
+def started(words: list[object], note: Path, path: Path | None = None) -> Run:
+    running = Run(words, path=path)
     until = time.monotonic() + 20
     while not note.exists() and time.monotonic() < until:
         time.sleep(0.01)
     return running
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize(("at", "number"), [(0, signal.SIGINT), (3, signal.SIGTERM)])
 def test_an_idle_saver(at: int, number: signal.Signals, sources: Sources, tmp_path: Path) -> None:
     """The loader waits, as it cannot know better; a signal ends both."""
     target, note = tmp_path / "out", tmp_path / "note"
@@ -35,17 +34,18 @@ def test_an_idle_saver(at: int, number: signal.Signals, sources: Sources, tmp_pa
 
 
 def test_a_deaf_saver_and_a_stopped_one(sources: Sources, tmp_path: Path) -> None:
-    """One ignores SIGTERM, the other got SIGSTOP: both are killed after a grace period."""
+    """One ignores SIGTERM, the other got SIGSTOP: both are killed after a grace period, which is shorter here."""
+    (tmp_path / "sitecustomize.py").write_text("from ckptconv import conversion\nconversion.GRACE = 1.0\n")
     both = []
     for deed in ("deaf", "SIGSTOP"):
         target, note = tmp_path / deed, tmp_path / f"{deed}.note"
         flags = ("--saver-at", 3, "--saver-deed", deed, "--saver-note", note)
-        both.append((target, started(words("meddling", sources["hf"], target, *flags, loader="hf"), note)))
+        both.append((target, started(words("meddling", sources["hf"], target, *flags, loader="hf"), note, tmp_path)))
     time.sleep(0.2)
     for _, running in both:
         running.signal(signal.SIGTERM)
     for target, running in both:
-        running.wait(15).failed("SIGTERM", code=130)
+        assert running.wait(15).failed("SIGTERM", code=130).seconds > 1
         check_incomplete(target)
 
 
@@ -81,10 +81,3 @@ def test_a_loader_with_a_bug(sources: Sources, tmp_path: Path) -> None:
     assert ended.code == 1
     assert ended.err.rstrip().endswith("RuntimeError: oh no")
     check_incomplete(tmp_path / "out")
-
-
-@pytest.mark.parametrize(("word", "said"), [("exit", "gave up"), ("done", "before sending 'transformer layer 2'")])
-def test_a_loader_that_gives_up(word: str, said: str, tmp_path: Path) -> None:
-    plain = ("--loader", "torch", "--saver", "megatron_mcore", "--load-dir", tmp_path, "--save-dir", tmp_path / "out")
-    run(*plain, "--say", word, limit=40).failed(said, code=4)
-    assert not (tmp_path / "out").exists()

@@ -106,6 +106,8 @@ def _attention(spec: ModelSpec, m: Message, layer: int, x: Tensor) -> Tensor:
     b, s, _ = x.shape
     a, g, d = spec.num_attention_heads, spec.num_query_groups, spec.kv_channels
     qkv = functional.linear(x, m["qkv weight"], m.get("qkv bias")).view(b, s, g, a // g + 2, d)
+    if spec.qkv_clip is not None:
+        qkv = qkv.clamp(-spec.qkv_clip, spec.qkv_clip)
     q, k, v = qkv[..., :-2, :].reshape(b, s, a, d), qkv[..., -2, :], qkv[..., -1, :]
     if spec.qk_norm == "full":
         q = _norm(spec, m, "q norm ", q.flatten(2)).view(b, s, a, d)

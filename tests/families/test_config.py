@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from ckptconv import families
-from ckptconv.cli import main
 from ckptconv.errors import SourceError
 from ckptconv.families import FAMILIES
 from ckptconv.families.family import NOT_IN_CONFIG
 from ckptconv.spec import ModelSpec, Rope, differences
 from fixtures import FIXTURES, LLAMA3_ROPE, config
+from inprocess import main
 
 Hf = Callable[..., Path]
 

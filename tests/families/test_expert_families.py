@@ -96,10 +96,10 @@ def test_dtype_leaves_the_correction_of_scores_in_fp32(hf: Hf, tmp_path: Path, s
     out = convert(source, tmp_path / "out", saver, "--dtype", "bf16")
     if saver == "megatron_mcore":
         out = convert(out, tmp_path / "back")
-    for name, tensor in weights_of(source).items():
-        want = tensor if name.endswith("correction_bias") else tensor.bfloat16()
-        assert weights_of(out)[name].dtype == want.dtype
-        assert torch.equal(weights_of(out)[name], want), name
+    same(weights_of(out), {
+        name: tensor if name.endswith("correction_bias") else tensor.bfloat16()
+        for name, tensor in weights_of(source).items()
+    })  # fmt: skip
 
 
 # Names

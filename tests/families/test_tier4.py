@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 
 from ckptconv import families
-from ckptconv.cli import main
 from ckptconv.errors import SourceError
 from ckptconv.families import FAMILIES
 from ckptconv.families.family import NOT_IN_CONFIG
@@ -29,6 +28,7 @@ from ckptconv.spec import ModelSpec, Rope, differences
 from commands import convert
 from fixtures import config, logits
 from fixtures_tier4 import FIXTURES
+from inprocess import main
 
 Hf = Callable[..., Path]
 Config = dict[str, Any]

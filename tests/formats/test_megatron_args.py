@@ -326,7 +326,6 @@ def test_wrong_attributes_are_named(attr: str, value: object, said: str) -> None
         ({"qk_layernorm": True, "normalization": "LayerNorm"}, "norms with biases on queries and keys"),
         ({"qk_l2_norm": True}, "L2 norms"),
         ({"position_embedding_type": "mrope", "use_rotary_position_embeddings": False}, "are read"),
-        ({"virtual_pipeline_model_parallel_size": 2}, "virtual"),
         ({"softmax_type": "off-by-one"}, "a sink that is not trained"),
         ({"use_te_activation_func": True}, "Transformer Engine's activations"),
         ({"activation_func_clamp_value": 7.0}, "fused swiglu"),
@@ -758,6 +757,7 @@ OTHER: dict[str, Any] = {
     "embedding_multiplier": 2.0, "residual_multiplier": 2.0, "logit_multiplier": 2.0, "parallel_residual": True,
     "shared_norm": True, "moe": MoE(4, 2, 8, (1, 1, 0, 1)), "mla": MLA(None, 8, 4, 4, 12), "mtp_layers": 2,
     "num_tokentypes": 2, "lm_head": True, "head_activation": "relu", "binary_head": True, "pooler": True,
+    "norm_bias": False, "qkv_clip": 8.0,
     "position_offset": 2, "encoder_layers": 2, "relative_buckets": 8, "relative_distance": 16,
 }  # fmt: skip
 MOE_OTHER: dict[str, Any] = {
@@ -784,13 +784,14 @@ def test_no_property_is_lost(field: str) -> None:
     spec = SMALL.replace(**{field: OTHER[field]} | ({"moe": None} if field == "num_layers" else {}))
     if field in ("dense_bias", "mlp_bias"):
         assert "zeros" in limits(spec)[0]
-    elif field not in ("alibi_scaled", "window_layers", "mla"):  # nothing alone: see below
+    elif field not in ("alibi_scaled", "window_layers", "mla", "norm_bias"):  # nothing alone: see below
         assert kept_or_refused(spec)
 
 
 def test_no_property_is_lost_together() -> None:
     assert kept_or_refused(SMALL.replace(sliding_window=5, window_layers=(1, 0, 0, 0)))
     assert refusals(SMALL.replace(alibi=True, alibi_scaled=True))
+    assert refusals(SMALL.replace(norm="LayerNorm", norm_bias=False))
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(MoE)])

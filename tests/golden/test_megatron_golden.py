@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from fixtures import logits
-
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+from inprocess import here
 
 GOLDEN = Path(os.environ.get("CKPTCONV_GOLDEN") or Path(__file__).resolve().parents[2].parent / "shared" / "golden")
 if not GOLDEN.is_dir():
@@ -134,13 +132,13 @@ def without_padding(content: dict[str, torch.Tensor], rank: int, vocab_size: int
     return out
 
 
-def convert(cli: Cli, *flags: object) -> None:
-    result = cli(*flags)
+def convert(*flags: object) -> None:
+    result = here(*flags)
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stderr[-4000:]}"
 
 
 @pytest.fixture(scope="module")
-def ours(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`ours(name)`: the same conversion by ckptconv, once."""
     made: dict[str, Path] = {}
 
@@ -152,7 +150,7 @@ def ours(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
             paths = ("--load-dir", GOLDEN / case.source, "--save-dir", out)
             layout = ("--target-tp", case.tp, "--target-pp", case.pp)
             padding = ("--make-vocab-size-divisible-by", args.make_vocab_size_divisible_by)
-            convert(cli, *flags, *paths, *layout, *padding)
+            convert(*flags, *paths, *layout, *padding)
             made[name] = out
         return made[name]
 
@@ -185,10 +183,10 @@ def test_same_arguments_as_megatron(name: str, ours: Callable[[str], Path]) -> N
 
 
 @pytest.mark.parametrize("name", [*MEGATRON, *OTHERS])
-def test_back_to_hugging_face(name: str, cli: Cli, tmp_path: Path) -> None:
+def test_back_to_hugging_face(name: str, tmp_path: Path) -> None:
     case = (MEGATRON | OTHERS)[name]
     paths = ("--load-dir", GOLDEN / case.checkpoint, "--save-dir", tmp_path)
-    convert(cli, "--loader", "megatron_mcore", "--saver", "hf", *paths, *case.flags)
+    convert("--loader", "megatron_mcore", "--saver", "hf", *paths, *case.flags)
     want = {key: tensor.to(case.dtype) for key, tensor in weights(GOLDEN / case.source).items()}
     check_equal(weights(tmp_path), want, name)
     if name in MEGATRON:  # the others' args lost the theta and the epsilon of their source

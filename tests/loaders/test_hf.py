@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptconv.cli import main
 from fixtures import config
+from inprocess import main
 
 Hf = Callable[..., Path]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from commands import convert
 from fixtures import config
 from mcore import Case, Outcome
 
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 Fixture = Callable[..., Path]
 #: Fixture, tp, pp, ep.
 Layout = tuple[str, int, int, int]
@@ -23,27 +20,22 @@ Layout = tuple[str, int, int, int]
 IDS = torch.randint(3, 130, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-def case_of(hf: Fixture, cli: Cli, root: Path, layout: Layout) -> tuple[str, Case]:
+def case_of(hf: Fixture, root: Path, layout: Layout) -> tuple[str, Case]:
     """A fixture converted to local names: ("fixture tpTppPepE", what the oracle has to run)."""
     name, tp, pp, ep = layout
-    out = root / f"{name} tp{tp}pp{pp}ep{ep}"
-    done = cli(
-        "--loader", f"hf_{config(name)['model_type']}", "--saver", "megatron_mcore",
-        "--load-dir", hf(name), "--save-dir", out, "--target-tp", tp, "--target-pp", pp, "--target-ep", ep,
-        "--saver-transformer-impl", "local", "--make-vocab-size-divisible-by", 1,
+    out = convert(
+        hf(name), root / f"{name} tp{tp}pp{pp}ep{ep}", "megatron_mcore", "--loader", f"hf_{config(name)['model_type']}",
+        "--target-tp", tp, "--target-pp", pp, "--target-ep", ep, "--saver-transformer-impl", "local",
+        "--make-vocab-size-divisible-by", 1,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     return out.name, Case(str(hf(name)), str(out), tp, pp, {"short": IDS.tolist()}, 1, ep=ep)
 
 
 def cases_of(
-    hf: Fixture, cli: Cli, root: Path, layouts: Sequence[Layout], wrong: Mapping[str, dict[str, Any]]
+    hf: Fixture, root: Path, layouts: Sequence[Layout], wrong: Mapping[str, dict[str, Any]]
 ) -> dict[str, Case]:
     """Every layout by its name, and "wrong NAME": the fixture at one rank, with settings the oracle is told wrongly."""
-    for name, *_ in layouts:
-        hf(name)  # made once, before the threads ask
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        cases = dict(pool.map(lambda layout: case_of(hf, cli, root, layout), layouts))
+    cases = dict(case_of(hf, root, layout) for layout in layouts)
     for key, changes in wrong.items():
         name = key.split()[0]
         told = root / f"wrong {key}"

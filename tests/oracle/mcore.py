@@ -25,12 +25,14 @@ import sys
 import types
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+import dist_files
 import settings
 
 Config = dict[str, Any]
@@ -51,11 +53,14 @@ class Case:
     damage: str = ""
     ep: int = 1
     grouped: str = ""  # where a model of random weights with legacy GroupedMLP is saved, which is run instead
+    vpp: int = 1
+    split: Config = field(default_factory=dict)  # TransformerConfig fields that place layers otherwise than evenly
+    dist: Config = field(default_factory=dict)  # torch_dist (dist_files.py): `strict` of `load`, or what `save` takes
 
     @property
-    def layout(self) -> tuple[int, int, int]:
-        """tp, pp, ep."""
-        return self.tp, self.pp, self.ep
+    def layout(self) -> tuple[int, int, int, int]:
+        """tp, pp, ep, vpp."""
+        return self.tp, self.pp, self.ep, self.vpp
 
 
 @dataclass(frozen=True)
@@ -209,8 +214,8 @@ def _prepare() -> None:
     DotProductAttention.__init__ = init
 
 
-def _model(c: Config, case: Case, first: bool, last: bool) -> torch.nn.Module:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+def _model(c: Config, case: Case, p: int, chunk: int) -> torch.nn.Module:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs, get_gpt_mtp_block_spec
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     ours = settings.of(c)
@@ -232,23 +237,32 @@ def _model(c: Config, case: Case, first: bool, last: bool) -> torch.nn.Module:
         "expert_model_parallel_size": case.ep,
         "expert_tensor_parallel_size": case.tp,  # as the rank files have it
         "moe_grouped_gemm": bool(case.grouped),
+        "virtual_pipeline_model_parallel_size": case.vpp if case.vpp > 1 else None,
+        **case.split,
     }
     config = kind(**{**fixed, **said})
     for name, value in ours.attributes(c).items():
         setattr(config, name, value)
-    layers = ours.layer_spec(c, config)
-    mtp = {}
+    stage = {"vp_stage": chunk} if case.vpp > 1 else {}
+    layers = ours.layer_spec(c, config, **stage)
+    mtp: Config = {}
     if config.mtp_num_layers:
-        mtp["mtp_block_spec"] = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False)
+        inner = layers
+        if config.num_moe_experts:  # the stage may have no layers to take it from
+            inner = get_gpt_decoder_layer_specs(
+                config, use_transformer_engine=False, normalization=config.normalization
+            )[-1]
+        mtp["mtp_block_spec"] = get_gpt_mtp_block_spec(config, inner, use_transformer_engine=False, **stage)
     model: torch.nn.Module = ours.model(
         c,
         config,
         layers,
         vocab_size=padded(c["vocab_size"], case.divisor, case.tp),
-        pre_process=first,
-        post_process=last,
+        pre_process=(p, chunk) == (0, 0),
+        post_process=(p, chunk) == (case.pp - 1, case.vpp - 1),
         parallel_output=False,
         **mtp,
+        **stage,
     )
     ours.after(model, c)
     return model.eval()
@@ -261,16 +275,19 @@ def _rank_file(case: Case, t: int, p: int, e: int) -> Path:
     return root / f"iter_{iteration:07d}" / rank / "model_optim_rng.pt"
 
 
-def _read(case: Case, t: int, p: int, e: int) -> tuple[State, Config]:
-    """Tensors of the file of one rank and the source's config.json, damaged if the case says so."""
+def _read(case: Case, t: int, p: int, e: int) -> tuple[list[State], Config]:
+    """Tensors of the file of one rank by virtual stage and the source's config.json, damaged if the case says so."""
     c = json.loads((Path(case.hf) / "config.json").read_text())
     if (layers := Path(case.checkpoint) / "ckptconv_layers.json").is_file():
         c["custom_layers"] = str(layers)
-    model = torch.load(_rank_file(case, t, p, e), map_location="cpu", weights_only=False)["model"]
-    state: State = {key: value for key, value in model.items() if not key.endswith(EXTRA)}
+    if "strict" in case.dist:
+        return [], c
+    root = torch.load(_rank_file(case, t, p, e), map_location="cpu", weights_only=False)
+    keys = [f"model{chunk}" for chunk in range(case.vpp)] if case.vpp > 1 else ["model"]
+    states = [{k: value for k, value in root[key].items() if not k.endswith(EXTRA)} for key in keys]
     if case.damage:
-        DAMAGE[case.damage](state, c)
-    return state, c
+        DAMAGE[case.damage](states[0], c)
+    return states, c
 
 
 def _fill(model: torch.nn.Module, state: State) -> None:
@@ -316,21 +333,24 @@ def _gmm(rows: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor, trans_
     return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
 
 
-def _forward(model: Any, c: Config, ids: torch.Tensor, case: Case, rank: int) -> dict[str, torch.Tensor]:
+def _forward(models: list[Any], c: Config, ids: torch.Tensor, case: Case, rank: int) -> dict[str, torch.Tensor]:
     """Logits [b, s, v] on the last stage, by "" or " mtp N"; on the others a hidden state [s, b, h] is sent on."""
     stride = case.tp * case.ep
-    p = rank // stride
+    p, others = rank // stride, rank % stride
     b, s = ids.shape
-    if p > 0:
-        hidden = torch.empty(s, b, model.config.hidden_size)
-        torch.distributed.recv(hidden, rank - stride)
-        model.set_input_tensor(hidden)
-    further: dict[str, torch.Tensor] = {}
-    with torch.no_grad(), _mtp_logits(model, further):
-        out: dict[str, torch.Tensor] = settings.of(c).run(model, ids)
-    if p < case.pp - 1:
-        torch.distributed.send(out[""].contiguous(), rank + stride)
-    return {**out, **further}
+    found: dict[str, torch.Tensor] = {}
+    for chunk, model in enumerate(models):
+        if (p, chunk) != (0, 0):
+            hidden = torch.empty(s, b, model.config.hidden_size)
+            torch.distributed.recv(hidden, (p - 1) % case.pp * stride + others)
+            model.set_input_tensor(hidden)
+        further: dict[str, torch.Tensor] = {}
+        with torch.no_grad(), _mtp_logits(model, further):
+            out: dict[str, torch.Tensor] = settings.of(c).run(model, ids)
+        if (p, chunk) != (case.pp - 1, case.vpp - 1):
+            torch.distributed.send(out[""].contiguous(), (p + 1) % case.pp * stride + others)
+        found = {**out, **further}
+    return found
 
 
 @contextlib.contextmanager
@@ -377,20 +397,37 @@ def _outcome(case: Case, rank: int) -> tuple[dict[str, torch.Tensor], str]:
     read, error = _together(lambda: _read(case, t, p, e), where)
     if error:
         return {}, error
-    state, c = read
-    model, error = _together(lambda: _model(c, case, first=p == 0, last=p == case.pp - 1), where)
+    states, c = read
+    # Copies of the embedding are made equal by a reduction that stages of MTP layers alone do not all take part in;
+    # here the files have to.
+    with mock.patch.object(torch.distributed, "all_reduce", return_value=None):
+        models, error = _together(lambda: [_model(c, case, p, chunk) for chunk in range(case.vpp)], where)
     if error:
         return {}, error
-    _, error = _together(lambda: _save(model, case, t, p, e) if case.grouped else _fill(model, state), where)
+
+    def filled() -> None:
+        if case.grouped:
+            _save(models[0], case, t, p, e)
+            return
+        if "strict" in case.dist:
+            dist_files.load(models, Path(case.checkpoint), case.dist["strict"])
+            return
+        for model, state in zip(models, states, strict=True):
+            _fill(model, state)
+        if case.dist:
+            args = torch.load(_rank_file(case, t, p, e), map_location="cpu", weights_only=False)["args"]
+            dist_files.save(models, args, **case.dist)
+
+    _, error = _together(filled, where)
     if error:
         return {}, error
     logits: dict[str, torch.Tensor] = {}
     for name, ids in case.ids.items():
-        logits |= {name + kind: out for kind, out in _forward(model, c, torch.tensor(ids), case, rank).items()}
+        logits |= {name + kind: out for kind, out in _forward(models, c, torch.tensor(ids), case, rank).items()}
     return logits, ""
 
 
-def _rank(rank: int, cases: dict[str, Case], tp: int, pp: int, ep: int, work: Path) -> None:
+def _rank(rank: int, cases: dict[str, Case], tp: int, pp: int, ep: int, vpp: int, work: Path) -> None:
     """All cases of one layout on one rank. The first rank of the last stage writes the outcomes.
 
     Expert ranks are data-parallel ranks with the same input.
@@ -398,13 +435,13 @@ def _rank(rank: int, cases: dict[str, Case], tp: int, pp: int, ep: int, work: Pa
     from megatron.core import parallel_state
     from torch import distributed
 
-    name = f"tp{tp}pp{pp}ep{ep}"
+    name = f"tp{tp}pp{pp}ep{ep}vpp{vpp}"
     wait = datetime.timedelta(seconds=120)
     distributed.init_process_group(
         "gloo", init_method=f"file://{work}/meeting-{name}", rank=rank, world_size=tp * pp * ep, timeout=wait
     )
     parallel_state.initialize_model_parallel(
-        tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=tp
+        tp, pp, vpp if vpp > 1 else None, expert_model_parallel_size=ep, expert_tensor_parallel_size=tp
     )
     outcomes = {}
     with _OnCpu():
@@ -416,7 +453,7 @@ def _rank(rank: int, cases: dict[str, Case], tp: int, pp: int, ep: int, work: Pa
     distributed.destroy_process_group()
 
 
-def _layouts(cases: dict[str, Case]) -> Iterator[tuple[tuple[int, int, int], dict[str, Case]]]:
+def _layouts(cases: dict[str, Case]) -> Iterator[tuple[tuple[int, int, int, int], dict[str, Case]]]:
     for layout in sorted({case.layout for case in cases.values()}):
         yield layout, {key: case for key, case in cases.items() if case.layout == layout}
 
@@ -426,13 +463,13 @@ def main(work: Path) -> None:
 
     cases = {key: Case(**fields) for key, fields in json.loads((work / "cases.json").read_text()).items()}
     _prepare()
-    for (tp, pp, ep), some in _layouts(cases):
+    for (tp, pp, ep, vpp), some in _layouts(cases):
         try:
             # Forks share the imports; nothing here has started a thread yet.
             start: Any = multiprocessing.start_processes  # type: ignore[attr-defined]
-            start(_rank, (some, tp, pp, ep, work), tp * pp * ep, start_method="fork")
+            start(_rank, (some, tp, pp, ep, vpp, work), tp * pp * ep, start_method="fork")
         except Exception as e:  # a rank died in the forward pass: the next layout can still run
-            print(f"tp {tp} pp {pp} ep {ep}: {e}", file=sys.stderr, flush=True)
+            print(f"tp {tp} pp {pp} ep {ep} vpp {vpp}: {e}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

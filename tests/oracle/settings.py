@@ -63,7 +63,7 @@ class Settings:
         """What megatron-core reads from its configuration that is not a field of it (yarn_...)."""
         return {}
 
-    def layer_spec(self, c: Config, config: Any) -> Any:
+    def layer_spec(self, c: Config, config: Any, vp_stage: int | None = None) -> Any:
         """The layers, of torch modules (the local spec). `config` is the finished TransformerConfig."""
         from megatron.core.models.gpt import gpt_layer_specs
 
@@ -74,7 +74,7 @@ class Settings:
                 normalization=config.normalization,
             )
         return gpt_layer_specs.get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization=config.normalization
+            config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
         )
 
     def model(self, c: Config, config: Any, layers: Any, **common: Any) -> Any:

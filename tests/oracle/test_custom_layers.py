@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from commands import same, weights_of
 from fixtures import FIXTURES, logits
+from inprocess import here
 from mcore import Case, Outcome, run
 from settings_older import PAD, SEPARATOR, masks
 from test_megatron_trainer_args import CHECKOUTS, RUN, version
@@ -31,7 +31,6 @@ from test_megatron_trainer_args import run as run_trainer
 if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 Fixture = Callable[..., Path]
 
 #: Fixture -> words of what is refused without the flag; None: not refused, but the trainer needs changes or flags.
@@ -89,28 +88,22 @@ def ids(name: str) -> list[list[int]]:
     return found.tolist()
 
 
-def convert(cli: Cli, source: Path, out: Path, *flags: object, check: bool = True) -> str:
+def convert(source: Path, out: Path, *flags: object, check: bool = True) -> str:
     """HF -> megatron_mcore in local names; what was said. The vocabulary is padded as little as possible."""
     base = ("--loader", "hf", "--saver", "megatron_mcore", "--load-dir", source, "--save-dir", out)
-    done = cli(*base, "--saver-transformer-impl", "local", "--make-vocab-size-divisible-by", 1, *flags)
+    done = here(*base, "--saver-transformer-impl", "local", "--make-vocab-size-divisible-by", 1, *flags)
     assert not check or done.returncode == 0, done.stderr
     return done.stderr
 
 
 @pytest.fixture(scope="module")
-def converted(hf: Fixture, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], Path]:
+def converted(hf: Fixture, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], Path]:
     """Every model at every layout."""
     root = tmp_path_factory.mktemp("layers")
     jobs = {(name, tp, pp): root / f"{name}.tp{tp}pp{pp}" for name in REFUSED for tp, pp in LAYOUTS}
-    sources = {name: hf(name) for name in REFUSED}
-
-    def work(job: tuple[str, int, int]) -> None:
-        name, tp, pp = job
+    for (name, tp, pp), out in jobs.items():
         # One that fails has no outcome; the others have.
-        convert(cli, sources[name], jobs[job], "--custom-layers", "--target-tp", tp, "--target-pp", pp, check=False)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(work, jobs))
+        convert(hf(name), out, "--custom-layers", "--target-tp", tp, "--target-pp", pp, check=False)
     return jobs
 
 
@@ -198,17 +191,17 @@ def test_what_lies_outside_of_layers_is_checked(
 
 
 @pytest.mark.parametrize("name", [name for name, words in REFUSED.items() if words])
-def test_refused_without_the_flag(name: str, hf: Fixture, cli: Cli, tmp_path: Path) -> None:
-    said = convert(cli, hf(name), tmp_path / "out", check=False)
+def test_refused_without_the_flag(name: str, hf: Fixture, tmp_path: Path) -> None:
+    said = convert(hf(name), tmp_path / "out", check=False)
     assert str(REFUSED[name]) in said
     assert "--custom-layers" in said
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("name", "words"), [("falcon_rw", "alibi"), ("phi3_longrope", "longrope")])
-def test_what_layers_cannot_do_stays_refused(name: str, words: str, hf: Fixture, cli: Cli, tmp_path: Path) -> None:
+def test_what_layers_cannot_do_stays_refused(name: str, words: str, hf: Fixture, tmp_path: Path) -> None:
     for flags in ((), ("--custom-layers",)):
-        said = convert(cli, hf(name), tmp_path / "out", *flags, check=False)
+        said = convert(hf(name), tmp_path / "out", *flags, check=False)
         assert words in said
         assert "--custom-layers writes" not in said
 
@@ -223,24 +216,25 @@ BACK = (
 
 
 @pytest.mark.parametrize(("name", "impl", "traces"), BACK)
-def test_back_to_hugging_face(name: str, impl: str, traces: str, hf: Fixture, cli: Cli, tmp_path: Path) -> None:
+def test_back_to_hugging_face(
+    name: str, impl: str, traces: str, hf: Fixture, expected: Callable[[str], torch.Tensor], tmp_path: Path
+) -> None:
     """HF -> megatron_mcore -> HF, bit for bit, also from what the trainer keeps; when nothing tells, a refusal."""
     mcore, back = tmp_path / "mcore", tmp_path / "back"
     flags = ("--custom-layers", "--target-tp", 2, "--target-pp", 2, "--saver-transformer-impl", impl)
-    convert(cli, hf(name), mcore, *flags)
+    convert(hf(name), mcore, *flags)
     if traces != "all":
         strip(mcore, args=traces in ("config", "none"), config=traces != "config")
     base = ("--loader", "megatron_mcore", "--saver", "hf", "--load-dir", mcore, "--save-dir", back)
-    done = cli(*base)
+    done = here(*base)
     if traces == "none":
         assert done.returncode != 0
         assert "ckptconv_layers.json" in done.stderr
         return
     assert done.returncode == 0, done.stderr
-    assert same(tensors(hf(name)), tensors(back))
+    same(weights_of(back), weights_of(hf(name)))
     if name != "bert":
-        tokens = torch.tensor(ids(name)[:1])
-        assert torch.equal(logits(back, tokens), logits(hf(name), tokens))
+        assert torch.equal(logits(back, torch.tensor(ids(name))), expected(name))
 
 
 def strip(directory: Path, args: bool, config: bool) -> None:
@@ -253,16 +247,6 @@ def strip(directory: Path, args: bool, config: bool) -> None:
         state = torch.load(path, weights_only=False)
         kept = {name: value for name, value in vars(state["args"]).items() if name != "ckptconv_layers"}
         torch.save(state | {"args": Namespace(**kept)}, path)
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def layer_names(directory: Path) -> set[str]:
@@ -303,20 +287,20 @@ NAMES: dict[str, tuple[set[str], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names(name: str, hf: Fixture, cli: Cli, tmp_path: Path) -> None:
+def test_names(name: str, hf: Fixture, tmp_path: Path) -> None:
     for impl, want in zip(("local", "transformer_engine"), NAMES[name], strict=True):
-        convert(cli, hf(name), tmp_path / impl, "--custom-layers", "--saver-transformer-impl", impl)
+        convert(hf(name), tmp_path / impl, "--custom-layers", "--saver-transformer-impl", impl)
         assert layer_names(tmp_path / impl) == want
 
 
-def test_one_norm_under_two_names_has_to_stay_one(hf: Fixture, cli: Cli, tmp_path: Path) -> None:
-    convert(cli, hf("falcon_7b"), tmp_path / "mcore", "--custom-layers")
+def test_one_norm_under_two_names_has_to_stay_one(hf: Fixture, tmp_path: Path) -> None:
+    convert(hf("falcon_7b"), tmp_path / "mcore", "--custom-layers")
     (file,) = (tmp_path / "mcore").glob("*/*/model_optim_rng.pt")
     state = torch.load(file, weights_only=False)
     state["model"]["decoder.layers.2.pre_mlp_layernorm.weight"][0] += 1
     torch.save(state, file)
     base = ("--loader", "megatron_mcore", "--saver", "hf", "--load-dir", tmp_path / "mcore")
-    done = cli(*base, "--save-dir", tmp_path / "back")
+    done = here(*base, "--save-dir", tmp_path / "back")
     assert done.returncode != 0
     assert "pre_mlp_layernorm.weight differs" in done.stderr
 
@@ -343,12 +327,12 @@ TRAINED = {"glm4": False, "pythia": False, "falcon_7b": False, "olmo2": False, "
 @pytest.mark.parametrize("checkout", CHECKOUTS, ids=lambda path: Path(path).name)
 @pytest.mark.parametrize("name", TRAINED)
 def test_trainer_builds_the_model(
-    checkout: str, name: str, hf: Fixture, cli: Cli, expected: Callable[[str], torch.Tensor], tmp_path: Path
+    checkout: str, name: str, hf: Fixture, expected: Callable[[str], torch.Tensor], tmp_path: Path
 ) -> None:
     """--use-checkpoint-args and the flags of megatron_args.txt, the trainer's parser and builder, a strict load."""
     if not (0, 15) <= version(checkout) < (0, 19):
         pytest.skip("this release has no gpt_builder that pretrain_gpt.py uses")
-    convert(cli, hf(name), tmp_path / "mcore", "--custom-layers", "--iteration", "release")
+    convert(hf(name), tmp_path / "mcore", "--custom-layers", "--iteration", "release")
     lines = (tmp_path / "mcore/megatron_args.txt").read_text().splitlines()
     words = [word for line in lines if not line.startswith("#") for word in line.split(" ")]
     job = {

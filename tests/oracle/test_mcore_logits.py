@@ -1,17 +1,15 @@
 """Converted checkpoints give the logits of transformers in NVIDIA's own model, at every layout; TE names are right.
 
-Each conversion is one run of the command line; all of them, and then one oracle process, are started by the first test.
+All conversions, and then one oracle process, are started by the first test.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,13 @@ import pytest
 import torch
 
 from fixtures import FIXTURES, logits
+from inprocess import here
 from mcore import EXTRA, Case, Outcome, model_settings, padded, run, transformer_settings
 
 # importorskip would import megatron-core, which takes seconds and is wanted in the oracle's process only.
 if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 Fixture = Callable[..., Path]
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
@@ -81,26 +79,22 @@ def padding_flag(name: str) -> tuple[object, ...]:
     return () if divisor(name) == 128 else ("--make-vocab-size-divisible-by", divisor(name))
 
 
-def to_mcore(cli: Cli, source: Path, out: Path, name: str, tp: int, pp: int, impl: str) -> Converted:
+def to_mcore(source: Path, out: Path, name: str, tp: int, pp: int, impl: str) -> Converted:
     loader = f"hf_{FIXTURES[name]['model_type']}"
     flags = ("--loader", loader, "--saver", "megatron_mcore", "--load-dir", source, "--save-dir", out)
     layout = ("--target-tp", tp, "--target-pp", pp, "--saver-transformer-impl", impl, *padding_flag(name))
-    return Converted(out, cli(*flags, *layout))
+    return Converted(out, here(*flags, *layout))
 
 
 @pytest.fixture(scope="module")
-def converted(hf: Fixture, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], Converted]:
+def converted(hf: Fixture, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], Converted]:
     """Every fixture at every layout, with the local layer spec."""
     root = tmp_path_factory.mktemp("mcore")
     jobs = [(name, tp, pp) for name in NAMES for tp, pp in LAYOUTS]
-    sources = {name: hf(name) for name in NAMES}
-
-    def work(job: tuple[str, int, int]) -> Converted:
-        name, tp, pp = job
-        return to_mcore(cli, sources[name], root / f"{name}.tp{tp}pp{pp}", name, tp, pp, "local")
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(jobs, pool.map(work, jobs), strict=True))
+    return {
+        (name, tp, pp): to_mcore(hf(name), root / f"{name}.tp{tp}pp{pp}", name, tp, pp, "local")
+        for name, tp, pp in jobs
+    }
 
 
 @pytest.fixture(scope="module")
@@ -269,14 +263,14 @@ def rank_states(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def te(hf: Fixture, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def te(hf: Fixture, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`te(fixture)`: its TP2 PP2 conversion for Transformer Engine."""
     made: dict[str, Converted] = {}
 
     def get(name: str) -> Path:
         if name not in made:
             out = tmp_path_factory.mktemp("te") / name
-            made[name] = to_mcore(cli, hf(name), out, name, 2, 2, "transformer_engine")
+            made[name] = to_mcore(hf(name), out, name, 2, 2, "transformer_engine")
         return made[name].check()
 
     return get
@@ -294,12 +288,12 @@ def test_te_keys(name: str, te: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("name", TE_BIASES)
 def test_te_to_local(
-    name: str, te: Callable[[str], Path], converted: dict[tuple[str, int, int], Converted], cli: Cli, tmp_path: Path
+    name: str, te: Callable[[str], Path], converted: dict[tuple[str, int, int], Converted], tmp_path: Path
 ) -> None:
     """Through the Transformer Engine names and back to local names: every tensor as in the direct conversion."""
     flags = ("--loader", "megatron_mcore", "--saver", "megatron_mcore", "--load-dir", te(name), "--save-dir", tmp_path)
     layout = ("--target-tp", 2, "--target-pp", 2, "--saver-transformer-impl", "local", *padding_flag(name))
-    Converted(tmp_path, cli(*flags, *layout)).check()
+    Converted(tmp_path, here(*flags, *layout)).check()
     have, want = rank_states(tmp_path), rank_states(converted[name, 2, 2].check())
     assert {rank: set(state) for rank, state in have.items()} == {rank: set(state) for rank, state in want.items()}
     for rank, state in want.items():

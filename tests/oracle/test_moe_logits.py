@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from commands import convert
 from fixtures import config, logits, mtp_logits
-from layouts import IDS, Cli, Fixture, case_of, cases_of, difference
+from layouts import IDS, Fixture, case_of, cases_of, difference
 from mcore import Outcome, run
 
 if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
@@ -50,13 +51,13 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(hf: Fixture, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def outcomes(hf: Fixture, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """What megatron-core makes of every conversion, by "fixture tpTppPepE" or "wrong NAME"."""
     root = tmp_path_factory.mktemp("moe")
-    cases = cases_of(hf, cli, root, LAYOUTS, WRONG)
+    cases = cases_of(hf, root, LAYOUTS, WRONG)
     for name, tp, pp, ep in GROUPED:
         key = f"{name} tp{tp}pp{pp}ep{ep}"
-        made = cases.get(key) or case_of(hf, cli, root, (name, tp, pp, ep))[1]
+        made = cases.get(key) or case_of(hf, root, (name, tp, pp, ep))[1]
         cases[f"{key} grouped"] = replace(made, grouped=str(root / f"{key} grouped"))
     return run(cases, tmp_path_factory.mktemp("oracle"))
 
@@ -90,7 +91,7 @@ def test_a_wrong_setting_is_noticed(
 
 @pytest.mark.parametrize(("name", "tp", "pp", "ep"), GROUPED)
 def test_legacy_grouped_experts_are_read(
-    name: str, tp: int, pp: int, ep: int, outcomes: dict[str, Outcome], cli: Cli, tmp_path: Path,
+    name: str, tp: int, pp: int, ep: int, outcomes: dict[str, Outcome], tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
     """What the real GroupedMLP computes, transformers computes of what was read from its files."""
@@ -100,12 +101,10 @@ def test_legacy_grouped_experts_are_read(
     saved = next(tmp_path_factory.getbasetemp().glob(f"moe*/{key}"))
     rank = torch.load(next(saved.rglob("model_optim_rng.pt")), weights_only=False)["model"]
     assert any(name.endswith("mlp.experts.weight1") for name in rank)
-    done = cli("--loader", "megatron_mcore", "--saver", "hf", "--load-dir", saved, "--save-dir", tmp_path / "hf",
-               "--true-vocab-size", config(name)["vocab_size"])  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert difference(outcome, "short", logits(tmp_path / "hf", IDS)) < TOLERANCE
+    back = convert(saved, tmp_path / "hf", "hf", "--true-vocab-size", config(name)["vocab_size"])
+    assert difference(outcome, "short", logits(back, IDS)) < TOLERANCE
     if "short mtp 0" in outcome.logits:
-        assert difference(outcome, "short mtp 0", mtp_logits(tmp_path / "hf", IDS)) < TOLERANCE
+        assert difference(outcome, "short mtp 0", mtp_logits(back, IDS)) < TOLERANCE
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from commands import convert
 from fixtures import config
 from mcore import Case, Outcome, run
 from settings_older import PAD, SEPARATOR, masks
@@ -24,7 +22,6 @@ from settings_older import PAD, SEPARATOR, masks
 if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 Fixture = Callable[..., Path]
 
 TOLERANCE = 1e-5
@@ -49,24 +46,19 @@ WRONG: dict[str, tuple[dict[str, Any], float]] = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(hf: Fixture, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def outcomes(hf: Fixture, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """What megatron-core makes of every conversion, by "fixture tpTppP" or "wrong NAME"."""
     root = tmp_path_factory.mktemp("older")
-    sources = {name: hf(name) for name in NAMES}
 
-    def convert(job: tuple[str, int, int]) -> tuple[str, Case]:
-        name, tp, pp = job
-        out = root / f"{name} tp{tp}pp{pp}"
-        done = cli(
-            "--saver", "megatron_mcore", "--load-dir", sources[name], "--save-dir", out, "--target-tp", tp,
-            "--target-pp", pp, "--saver-transformer-impl", "local", "--make-vocab-size-divisible-by", 1,
+    def case_of(name: str, tp: int, pp: int) -> tuple[str, Case]:
+        out = convert(
+            hf(name), root / f"{name} tp{tp}pp{pp}", "megatron_mcore", "--target-tp", tp, "--target-pp", pp,
+            "--saver-transformer-impl", "local", "--make-vocab-size-divisible-by", 1,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
         ids = {"short": IDS.tolist()} | ({"padded": PADDED.tolist()} if name in BERTS else {})
-        return out.name, Case(str(sources[name]), str(out), tp, pp, ids, 1)
+        return out.name, Case(str(hf(name)), str(out), tp, pp, ids, 1)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        cases = dict(pool.map(convert, [(name, *layout) for name in NAMES for layout in LAYOUTS]))
+    cases = dict(case_of(name, *layout) for name in NAMES for layout in LAYOUTS)
     for key, (changes, _) in WRONG.items():
         told = root / f"wrong {key}"
         told.mkdir()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fixtures import logits
-from layouts import IDS, Cli, Fixture, cases_of, difference
+from layouts import IDS, Fixture, cases_of, difference
 from mcore import Outcome, run
 
 if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
@@ -42,10 +42,10 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(hf: Fixture, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def outcomes(hf: Fixture, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """What megatron-core makes of every conversion, by "fixture tpTppPepE" or "wrong NAME"."""
     root = tmp_path_factory.mktemp("tier4")
-    cases = cases_of(hf, cli, root, LAYOUTS, WRONG)
+    cases = cases_of(hf, root, LAYOUTS, WRONG)
     return run(cases, tmp_path_factory.mktemp("oracle"))
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckptconv.cli import main
 from fixtures import config
+from inprocess import main
 
 pytestmark = pytest.mark.timeout(120)
 

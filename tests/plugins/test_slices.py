@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from ckptconv.errors import ProtocolError
 from ckptconv.messages import Course, expected
 from ckptconv.spec import ModelSpec, MoE
+from inprocess import here
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -81,6 +82,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "saver_slices.py").write_text(SAVER % "takes_expert_slices = True")
     (folder / "saver_whole.py").write_text(SAVER % "")
     monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.syspath_prepend(str(folder))
     return folder
 
 
@@ -89,7 +91,7 @@ def kept(directory: Path) -> list[tuple[str, dict[str, torch.Tensor]]]:
     return loaded
 
 
-def convert(cli: Cli, source: Path, out: Path, *flags: object) -> None:
+def convert(source: Path, out: Path, *flags: object, cli: Cli = here) -> None:
     result = cli("--load-dir", source, "--save-dir", out, *flags)
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -113,29 +115,29 @@ def same_files(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2, 4])
-def test_our_savers_take_slices(step: int, hf: Hf, cli: Cli, plugins: Path, tmp_path: Path) -> None:
+def test_our_savers_take_slices(step: int, hf: Hf, plugins: Path, tmp_path: Path) -> None:
     source = hf("mixtral")
     flags = ("--saver", "megatron_mcore", "--target-tp", 2, "--target-ep", 2)
-    convert(cli, source, tmp_path / "direct", "--loader", "hf", *flags)
-    convert(cli, source, tmp_path / "sliced", "--loader", "slices", "--slice", step, *flags)
+    convert(source, tmp_path / "direct", "--loader", "hf", *flags)
+    convert(source, tmp_path / "sliced", "--loader", "slices", "--slice", step, *flags)
     same_files(tmp_path / "direct", tmp_path / "sliced")
 
 
-def test_slots_built_of_a_whole_layer(hf: Hf, cli: Cli, plugins: Path, tmp_path: Path) -> None:
+def test_slots_built_of_a_whole_layer(hf: Hf, plugins: Path, tmp_path: Path) -> None:
     """gpt-oss stores all experts of a layer in one tensor, transposed: slices are put together first."""
     source = hf("gpt_oss")
-    convert(cli, source, tmp_path / "direct", "--loader", "hf", "--saver", "hf")
-    convert(cli, source, tmp_path / "sliced", "--loader", "slices", "--slice", 2, "--saver", "hf")
+    convert(source, tmp_path / "direct", "--loader", "hf", "--saver", "hf")
+    convert(source, tmp_path / "sliced", "--loader", "slices", "--slice", 2, "--saver", "hf")
     same_files(tmp_path / "direct", tmp_path / "sliced")
 
 
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_saver_that_has_not_said_it_gets_layers_whole(
-    step: int, hf: Hf, cli: Cli, plugins: Path, tmp_path: Path
+    step: int, hf: Hf, plugins: Path, tmp_path: Path
 ) -> None:
     source = hf("mixtral")
-    convert(cli, source, tmp_path / "out", "--loader", "slices", "--slice", step, "--saver", "whole")
-    convert(cli, source, tmp_path / "direct", "--loader", "hf", "--saver", "whole")
+    convert(source, tmp_path / "out", "--loader", "slices", "--slice", step, "--saver", "whole")
+    convert(source, tmp_path / "direct", "--loader", "hf", "--saver", "whole")
     one, other = kept(tmp_path / "out"), kept(tmp_path / "direct")
     assert [name for name, _ in one] == [name for name, _ in other]
     for (name, got), (_, want) in zip(one, other, strict=True):
@@ -145,8 +147,8 @@ def test_a_saver_that_has_not_said_it_gets_layers_whole(
 
 def test_a_saver_that_has_said_it_gets_slices(hf: Hf, cli: Cli, plugins: Path, tmp_path: Path) -> None:
     source = hf("mixtral")
-    convert(cli, source, tmp_path / "direct", "--loader", "hf", "--saver", "whole")
-    convert(cli, source, tmp_path / "out", "--loader", "slices", "--slice", 4, "--saver", "slices")
+    convert(source, tmp_path / "direct", "--loader", "hf", "--saver", "whole")
+    convert(source, tmp_path / "out", "--loader", "slices", "--slice", 4, "--saver", "slices", cli=cli)
     whole = dict(kept(tmp_path / "direct"))
     got = kept(tmp_path / "out")
     assert [name for name, _ in got[:4]] == [
@@ -157,10 +159,10 @@ def test_a_saver_that_has_said_it_gets_slices(hf: Hf, cli: Cli, plugins: Path, t
     assert torch.equal(experts, whole["transformer layer 0"]["mlp l1 weight"])
 
 
-def test_a_missing_slice_is_named(hf: Hf, cli: Cli, plugins: Path, tmp_path: Path) -> None:
+def test_a_missing_slice_is_named(hf: Hf, plugins: Path, tmp_path: Path) -> None:
     name = "transformer layer 1 experts 2:4"
-    result = cli("--load-dir", hf("mixtral"), "--save-dir", tmp_path / "out", "--saver", "megatron_mcore",
-                 "--loader", "slices", "--slice", 2, "--skip", name)  # fmt: skip
+    result = here("--load-dir", hf("mixtral"), "--save-dir", tmp_path / "out", "--saver", "megatron_mcore",
+                  "--loader", "slices", "--slice", 2, "--skip", name)  # fmt: skip
     assert result.returncode == ProtocolError.exit_code
     assert "'transformer layer 1 experts 4:6' came where 'transformer layer 1 experts 2:j'" in result.stderr
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.pt"))

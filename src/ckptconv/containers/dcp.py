@@ -11,11 +11,12 @@ Source: torch 2.13 `torch/distributed/checkpoint/metadata.py`, `filesystem.py` (
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptconv import dtypes
 from ckptconv.containers import torchzip, ziplayout
@@ -27,7 +28,12 @@ from ckptconv.errors import SourceError, some
 from ckptconv.files import read_bytes
 from ckptconv.lazy import Assembly, FileTensor, LazyTensor, Piece, Shape, matrix
 
+if TYPE_CHECKING:
+    from ckptconv.lazy import Matrix
+
 METADATA = ".metadata"
+#: What Megatron writes last beside it.
+FINISHED = "metadata.json"
 _MODULE = "torch.distributed.checkpoint."
 
 
@@ -51,16 +57,18 @@ class Tensor:
     chunks: tuple[tuple[Shape, Shape, Place], ...]
 
     def at(self, index: Sequence[int] = ()) -> LazyTensor:
-        """The part at some leading indices (layer, expert), not read. Raises SourceError for damaged chunks."""
+        """The part at some leading indices (layer, expert), not read. Raises SourceError for missing chunks."""
         lead, shape = len(index), self.shape[len(index) :]
         rows, cols = matrix(shape)
         pieces: list[Piece] = []
-        for offsets, sizes, place in self.chunks:
-            inside = [n - o for n, o in zip(index, offsets, strict=False)]
-            if any(not 0 <= n < size for n, size in zip(inside, sizes, strict=False)):
-                continue
-            part = _below(self._stored(sizes, place), inside)
-            if part.shape == shape:
+        for offsets, sizes, place in self._with(tuple(index)):
+            skip, below = 0, sizes
+            for n, offset in zip(index, offsets, strict=False):
+                below = below[1:]
+                skip += (n - offset) * prod(below)
+            path = str(Path(self.directory) / place.file)
+            part = Part(path, place.offset, place.length, self.key, sizes, skip, self.dtype, below)
+            if below == shape:
                 return part
             pieces += _pieces(part, offsets[lead:], shape)
         covered = sum(piece.rows * piece.cols for piece in pieces)
@@ -72,29 +80,63 @@ class Tensor:
             )
         return Assembly(self.dtype, shape, tuple(pieces))
 
-    def _stored(self, sizes: Shape, place: Place) -> FileTensor:
-        path = str(Path(self.directory) / place.file)
-        found = torchzip.read(path, place.offset, place.length)
-        if not isinstance(found, FileTensor) or found.shape != sizes or found.dtype != self.dtype:
-            what = f"{found.dtype} {list(found.shape)}" if isinstance(found, LazyTensor) else type(found).__name__
-            raise SourceError(
-                f"{path}: at byte {place.offset} there is a {what}, but {METADATA} says {self.dtype} {list(sizes)} of "
-                f"{self.key}. The files are of different checkpoints, or damaged."
-            )
+    def _with(self, index: Shape) -> Iterable[tuple[Shape, Shape, Place]]:
+        """The chunks that hold elements at some leading indices."""
+        for chunk in self._by_first.get(index[0], ()) if index else self.chunks:
+            offsets, sizes, _ = chunk
+            if all(0 <= n - o < size for n, o, size in zip(index, offsets, sizes, strict=False)):
+                yield chunk
+
+    @cached_property
+    def _by_first(self) -> dict[int, list[tuple[Shape, Shape, Place]]]:
+        """Chunks by the first indices they hold: there may be ten thousand, one for every expert of every layer."""
+        found: dict[int, list[tuple[Shape, Shape, Place]]] = {}
+        for chunk in self.chunks:
+            for n in range(chunk[0][0], chunk[0][0] + chunk[1][0]):
+                found.setdefault(n, []).append(chunk)
         return found
 
 
-def _below(tensor: FileTensor, index: Sequence[int]) -> FileTensor:
-    """The contiguous part of a tensor at some leading indices."""
-    offset = tensor.offset
-    shape = tensor.shape
-    for n in index:
-        shape = shape[1:]
-        offset += n * prod(shape) * dtypes.size_of(tensor.dtype)
-    return FileTensor(tensor.path, offset, tensor.dtype, shape)
+@dataclass(frozen=True, slots=True)
+class Part(LazyTensor):
+    """A contiguous part of a chunk, of `shape`, from its element `skip` on.
+
+    Where in the data file that is, its archive says, which is opened when the part is first read: there may be
+    a hundred thousand of them.
+    """
+
+    path: str
+    offset: int
+    length: int
+    key: str
+    sizes: Shape
+    skip: int
+    dtype: str
+    shape: Shape
+
+    def seen(self, shape: Shape) -> Part:
+        return replace(self, shape=shape)
+
+    def read(self, out: Matrix, row: int, col: int) -> None:
+        start = _data(self.path, self.offset, self.length, self.key, self.dtype, self.sizes)
+        start += self.skip * dtypes.size_of(self.dtype)
+        FileTensor(self.path, start, self.dtype, self.shape).read(out, row, col)
 
 
-def _pieces(part: FileTensor, offsets: Shape, shape: Shape) -> Iterator[Piece]:
+@lru_cache(1 << 14)
+def _data(path: str, offset: int, length: int, key: str, dtype: str, sizes: Shape) -> int:
+    """Where in a data file the elements of a chunk begin. Raises SourceError when its archive holds something else."""
+    found = torchzip.read(path, offset, length)
+    if not isinstance(found, FileTensor) or found.shape != sizes or found.dtype != dtype:
+        what = f"{found.dtype} {list(found.shape)}" if isinstance(found, LazyTensor) else type(found).__name__
+        raise SourceError(
+            f"{path}: at byte {offset} there is a {what}, but {METADATA} says {dtype} {list(sizes)} of {key}. "
+            "The files are of different checkpoints, or damaged."
+        )
+    return found.offset
+
+
+def _pieces(part: Part, offsets: Shape, shape: Shape) -> Iterator[Piece]:
     """Where a chunk lies in a whole of `shape`: one rectangle for every index of all but its last two dimensions."""
     if len(shape) < 2:
         at = offsets[0] if offsets else 0
@@ -117,6 +159,19 @@ class Checkpoint:
     objects: dict[str, Place]
     files: tuple[Path, ...]
 
+    def object(self, key: str) -> Any:
+        """A stored object (see torchzip.read). Raises SourceError."""
+        place = self.objects[key]
+        return torchzip.read(Path(self.directory) / place.file, place.offset, place.length)
+
+
+def is_one(directory: Path) -> bool:
+    """Whether a directory is meant to be one of these, of Megatron's even without its index."""
+    if (directory / METADATA).is_file():
+        return True
+    path = directory / FINISHED
+    return path.is_file() and b'"sharded_backend"' in read_bytes(str(path), 0, min(path.stat().st_size, 1 << 12))
+
 
 def read(directory: Path) -> Checkpoint:
     """The index of a DCP directory. Raises SourceError: no index, damaged, a data file missing or too short."""
@@ -126,11 +181,13 @@ def read(directory: Path) -> Checkpoint:
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}. Data files say nothing without it.") from error
     root = loads(read_bytes(str(path), 0, size), str(path))
+    _data.cache_clear()
     try:
         return _understood(directory, root)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise SourceError(
-            f"{path}: is not an index of torch.distributed.checkpoint as torch 2 writes it ({error})."
+            f"{path}: is not an index of torch.distributed.checkpoint as torch 2 writes it ({error}). Copy it "
+            "again, or save it with a torch from 2.0 on."
         ) from error
 
 
@@ -140,7 +197,8 @@ def _understood(directory: Path, root: object) -> Checkpoint:
     for key, value in fields["storage_data"].items():
         at, info = _fields(key, "MetadataIndex"), _fields(value, "_StorageInfo")
         if info.get("transform_descriptors"):
-            raise SourceError(f"{directory}: its data files are compressed ({info['transform_descriptors']}).")
+            what = info["transform_descriptors"]
+            raise SourceError(f"{directory}: its data files are compressed ({what}). Save it again without that.")
         place = Place(_name(info["relative_path"]), _count(info["offset"]), _count(info["length"]))
         offset = at.get("offset")
         places[at["fqn"], None if offset is None else _shape(offset)] = place
@@ -155,7 +213,10 @@ def _understood(directory: Path, root: object) -> Checkpoint:
             one = _fields(chunk, "ChunkStorageMetadata")
             offsets, sizes = _shape(one["offsets"]), _shape(one["sizes"])
             if (key, offsets) not in places:
-                raise SourceError(f"{directory}: {METADATA} does not say where the chunk of {key} at {offsets} lies.")
+                raise SourceError(
+                    f"{directory}: {METADATA} does not say where the chunk of {key} at {offsets} lies. It is damaged: "
+                    "copy it again."
+                )
             chunks.append((offsets, sizes, places[key, offsets]))
         tensors[key] = Tensor(str(directory), key, _dtype(stored["properties"]), _shape(stored["size"]), tuple(chunks))
     return Checkpoint(str(directory), tensors, objects, _files(directory, places.values()))
@@ -171,7 +232,9 @@ def _files(directory: Path, places: Iterable[Place]) -> tuple[Path, ...]:
     for name, end in ends.items():
         size = (directory / name).stat().st_size
         if size < end:
-            raise SourceError(f"{directory / name}: is truncated: it has {size} bytes, {METADATA} says {end}.")
+            raise SourceError(
+                f"{directory / name}: is truncated: it has {size} bytes, {METADATA} says {end}. Copy it again."
+            )
     return tuple(directory / name for name in sorted(ends))
 
 
@@ -263,8 +326,11 @@ def plan(chunks: Sequence[Chunk], objects: Mapping[str, object]) -> DataFile:
     slots = by_name([chunk.slot for chunk in chunks])
     for name, slot in slots.items():
         add(name, ziplayout.plan(slot), name)
+    known: dict[int, ziplayout.TorchFile] = {}  # of an empty extra state there may be ten thousands
     for key, value in objects.items():
-        add(key, ziplayout.plan(value), None)
+        if id(value) not in known:
+            known[id(value)] = ziplayout.plan(value)
+        add(key, known[id(value)], None)
     return DataFile(at, offsets, slots, tuple(archives), places)
 
 

@@ -7,40 +7,60 @@ The order of preference is that of transformers: model.safetensors, its index, p
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
+from fnmatch import fnmatch
 from pathlib import Path
 
 from ckptconv.companions import read_json
 from ckptconv.containers import safetensors, torchzip
-from ckptconv.errors import SourceError, some
+from ckptconv.errors import SourceError, refuse, some
 from ckptconv.files import refuse_partial
 from ckptconv.lazy import LazyTensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+#: A whole model in one torch file, as converters of other systems call it.
+FULL = "checkpoint.pt"
 
 #: Weights in other formats that lie beside a model's own in some repositories, and adapters.
 _NOT_THE_MODEL = ("consolidated", "adapter_", "training_args", "optimizer", "scheduler", "rng_state")
 
 
 def weight_files(directory: str) -> list[Path]:
-    """Files that hold the weights, in order. Raises SourceError when there are none or some are missing."""
+    """Files that hold the weights, in order; `directory` may be one of them. Raises SourceError when there are none or
+    some are missing.
+    """
     folder = Path(directory)
-    for single, index in ((SINGLE, INDEX), (BIN, BIN_INDEX)):
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            return [folder / name for name in _indexed(folder / index)]
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        found = sorted(p for p in folder.glob(pattern) if not p.name.startswith(_NOT_THE_MODEL))
-        if found:
-            _check_shard_count(found)
-            return found
+    if folder.is_file():
+        return [folder]
+    names = {path.name for path in folder.glob("*") if path.is_file()}
+    found, index = wanted(names, folder.joinpath)
+    if index:
+        _check_indexed(folder / index, found, names)
+    elif len(found) > 1 or (found and found[0] not in (SINGLE, BIN)):
+        _check_shard_count([folder / name for name in found])
+    if found:
+        return [folder / name for name in found if name in names]
     if (folder / "adapter_model.safetensors").is_file():
         raise SourceError(f"{folder}: holds only an adapter (LoRA). Merge it into its base model first.")
     raise SourceError(
         f"{folder}: no weights found: neither {SINGLE}, {INDEX}, {BIN}, {BIN_INDEX} nor other *.safetensors."
     )
+
+
+def wanted(names: Collection[str], at: Callable[[str], Path]) -> tuple[list[str], str]:
+    """(names of the weight files, of their index if it counts) among `names`. at: the path of an index, to be read."""
+    for single, index in ((SINGLE, INDEX), (BIN, BIN_INDEX)):
+        if single in names:
+            return [single], ""
+        if index in names:
+            return sorted(set(_weight_map(at(index)).values())), index
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        found = sorted(n for n in names if fnmatch(n, pattern) and not n.startswith(_NOT_THE_MODEL))
+        if found:
+            return found, ""
+    return [name for name in (FULL,) if name in names], ""
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -53,15 +73,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     return entries
 
 
-def _indexed(index: Path) -> list[str]:
-    files = sorted(set(_weight_map(index).values()))
-    missing = [name for name in files if not (index.parent / name).is_file()]
+def _check_indexed(index: Path, files: list[str], names: Collection[str]) -> None:
+    missing = [name for name in files if name not in names]
     if missing:
-        raise SourceError(
+        refuse(SourceError(
             f"{index}: names {some(missing)}, which {'is' if len(missing) == 1 else 'are'} not in the directory "
             f"({len(files) - len(missing)} of {len(files)} shards are there). Fetch the missing shards."
-        )
-    return files
+        ))  # fmt: skip
 
 
 def _check_shard_count(found: list[Path]) -> None:
@@ -72,10 +90,10 @@ def _check_shard_count(found: list[Path]) -> None:
         there = {int(m[1]) for m in numbered if m and int(m[2]) == total}
         missing = [str(n) for n in range(1, total + 1) if n not in there]
         if missing:
-            raise SourceError(
+            refuse(SourceError(
                 f"{found[0].parent}: shard {', '.join(missing[:6])} of {total} is missing (there is no index file, "
                 "the names of the others say so). Fetch it."
-            )
+            ))  # fmt: skip
 
 
 def read(directory: str) -> tuple[dict[str, LazyTensor], list[Path]]:
@@ -86,7 +104,8 @@ def read(directory: str) -> tuple[dict[str, LazyTensor], list[Path]]:
     where: dict[str, Path] = {}
     tensors: dict[str, LazyTensor] = {}
     for path in files:
-        for name, tensor in (_read_bin(path) if path.suffix == ".bin" else safetensors.read(str(path))[0]).items():
+        held = safetensors.read(str(path))[0] if path.suffix == ".safetensors" else _read_bin(path)
+        for name, tensor in held.items():
             if name in where:
                 raise SourceError(f"{path}: {name} is also in {where[name].name}. Which of the two is the model's?")
             where[name], tensors[name] = path, tensor
@@ -101,11 +120,11 @@ def _check_index(index: Path, where: dict[str, Path]) -> None:
     entries = _weight_map(index)
     absent = [name for name in entries if name not in where]
     if absent:
-        raise SourceError(
+        refuse(SourceError(
             f"{index}: names {some(absent)}, which no shard holds (the file it gives for the first is "
             f"{entries[absent[0]]}). Shards and index are not from the same checkpoint."
-        )
-    moved = [name for name, file in entries.items() if where[name].name != file]
+        ))  # fmt: skip
+    moved = [name for name, file in entries.items() if name in where and where[name].name != file]
     if moved:
         raise SourceError(
             f"{index}: says that {moved[0]} is in {entries[moved[0]]}, but it is in {where[moved[0]].name}. "
@@ -113,7 +132,10 @@ def _check_index(index: Path, where: dict[str, Path]) -> None:
         )
     extra = [name for name in where if name not in entries]
     if extra:
-        raise SourceError(f"{index}: does not name {some(extra)}, which {where[extra[0]].name} holds.")
+        raise SourceError(
+            f"{index}: does not name {some(extra)}, which {where[extra[0]].name} holds. Shards and index are not from "
+            "the same checkpoint."
+        )
 
 
 def _read_bin(path: Path) -> dict[str, LazyTensor]:

@@ -6,16 +6,19 @@ Source: Megatron-LM `megatron/training/checkpointing.py` (get_checkpoint_name, r
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ckptconv import dtypes
-from ckptconv.containers import torchzip
-from ckptconv.errors import SourceError, UsageError, some
+from ckptconv.containers import dcp, torchzip
+from ckptconv.errors import SourceError, UsageError, refuse, some
 from ckptconv.files import refuse_partial
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
+#: What releases of 2022 called it beside their distributed optimizer, whose OPTIMIZER lay in directories of its own.
+OLD_FILE, OPTIMIZER = "model_rng.pt", "optim.pt"
 _ITERATION = re.compile(r"[0-9]{1,18}|release")
 
 
@@ -35,6 +38,14 @@ def parse_name(name: str) -> tuple[int, ...] | None:
     return tuple(int(n) for n in match.groups() if n is not None) if match else None
 
 
+def model_file(directory: Path) -> Path | None:
+    """The file with the model in a rank's directory, there or not; None where the directory is an optimizer's."""
+    names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
+    if FILE not in names and OLD_FILE in names:
+        return directory / OLD_FILE
+    return None if FILE not in names and OPTIMIZER in names else directory / FILE
+
+
 def iteration_name(iteration: int | str) -> str:
     """`iter_0000001`, or `release`."""
     return iteration if isinstance(iteration, str) else f"iter_{iteration:07d}"
@@ -50,7 +61,7 @@ def iteration(text: str) -> int | str:
 def find_iteration(top: Path, wanted: int | str | None) -> tuple[Path, int]:
     """(directory with the ranks, iteration). Raises SourceError."""
     refuse_partial(top)
-    if any(parse_name(entry.name) for entry in top.iterdir()):
+    if dcp.is_one(top) or any(parse_name(entry.name) for entry in top.iterdir()):
         match = re.fullmatch(r"iter_(\d+)", top.name)
         return top, int(match[1]) if match else 1
     if wanted is None:
@@ -72,16 +83,19 @@ def find_iteration(top: Path, wanted: int | str | None) -> tuple[Path, int]:
     return directory, max(wanted, 1) if isinstance(wanted, int) else 1
 
 
-def rank_files(directory: Path) -> tuple[dict[Rank, Path], dict[str, Any]]:
-    """(rank -> file, args of rank 0). Raises SourceError when the ranks are not a full grid."""
+def rank_files(directory: Path, needs_args: bool = True) -> tuple[dict[Rank, Path], dict[str, Any]]:
+    """(rank -> file, args of rank 0). Raises SourceError when the ranks are not a full grid.
+
+    Without `needs_args` the args are empty where a file has none.
+    """
     numbers = {}
     for entry in directory.iterdir():
         parsed = parse_name(entry.name)
-        if parsed is not None:
-            numbers[parsed] = entry / FILE
+        if parsed is not None and (file := model_file(entry)) is not None:
+            numbers[parsed] = file
     if not numbers:
-        dist = (directory / "metadata.json").exists() or (directory / ".metadata").exists()
-        what = "it is in the torch_dist format, which is not supported yet" if dist else "is the path right?"
+        dist = "it is in the torch_dist format (--loader megatron_dist)"
+        what = dist if dcp.is_one(directory) else "is the path right?"
         raise SourceError(f"{directory}: has no mp_rank_* directories; {what}.")
     lengths = {len(n) for n in numbers}
     if len(lengths) > 1:
@@ -91,7 +105,7 @@ def rank_files(directory: Path) -> tuple[dict[Rank, Path], dict[str, Any]]:
     if missing:
         raise SourceError(f"{missing[0]}: missing. {len(missing)} of {len(numbers)} ranks have no {FILE}.")
     first = numbers[min(numbers)]
-    arguments = _arguments(first)
+    arguments = _arguments(first, needs_args)
     # With two numbers the second is a stage or an expert rank: only the args tell.
     experts = arguments.get("expert_model_parallel_size")
     experts = experts if isinstance(experts, int) and not isinstance(experts, bool) and experts > 0 else 1
@@ -121,17 +135,26 @@ def rank_files(directory: Path) -> tuple[dict[Rank, Path], dict[str, Any]]:
     ]  # fmt: skip
     if absent:
         grid = f"{tp} x {pp}" + (f" x {ep}" if ep > 1 else "")
-        raise SourceError(f"{directory}: lacks {some(absent)} of {grid} ranks. Copy the missing rank directories.")
+        refuse(
+            SourceError(f"{directory}: lacks {some(absent)} of {grid} ranks. Copy the missing rank directories.")
+        )
     return dict(sorted(ranks.items())), arguments
 
 
-def _arguments(path: Path) -> dict[str, Any]:
+def _arguments(path: Path, needed: bool) -> dict[str, Any]:
     root = torchzip.read(str(path))
-    found = root.get("args") if isinstance(root, dict) else None
-    if found is None:
+    if not needed and not (isinstance(root, dict) and root.get("args")):
+        return {}
+    return arguments(root, str(path))
+
+
+def arguments(root: object, where: str) -> dict[str, Any]:
+    """The trainer's args among what it saved. Raises SourceError, naming `where`, when there are none."""
+    found = root.get("args") if isinstance(root, Mapping) else None
+    if found is None or not hasattr(found, "__dict__"):
         raise SourceError(
-            f"{path}: has no args, so the sizes of the model are unknown. Did Megatron-LM's save_checkpoint write it?"
+            f"{where}: has no args, so the sizes of the model are unknown. Did Megatron-LM's save_checkpoint write it?"
         )
     return {
-        name: dtypes.parse(value, str(path)) if name == "params_dtype" else value for name, value in vars(found).items()
+        name: dtypes.parse(value, where) if name == "params_dtype" else value for name, value in vars(found).items()
     }

@@ -62,7 +62,7 @@ def opened(path: str | os.PathLike[str]) -> Source:
     try:
         status = os.stat(name)
     except FileNotFoundError:
-        raise SourceError(f"{name}: there is no such file.") from None
+        raise SourceError(f"{name}: there is no such file. Is the path right?") from None
     except (OSError, ValueError) as error:
         raise SourceError(f"{name!r}: cannot be read: {error}.") from error
     if not stat.S_ISREG(status.st_mode):

@@ -41,15 +41,22 @@ def read(path: str | os.PathLike[str], offset: int = 0, length: int | None = Non
     Raises SourceError naming the path: no torch.save file, damaged or truncated, refers to what no checkpoint needs,
     or holds a tensor with strides that are neither contiguous nor those of a transposed matrix.
     """
-    source = opened(path)
     if length is not None:
+        # `opened` would close the descriptor, which other threads may be reading other archives of the file with.
+        source = Source(os.fspath(path), offset + length, b"")
         root, unreadable = _read_zip(source, offset, length)
-    elif source.head.startswith(b"PK\x03\x04"):
+        return _checked(source, root, unreadable)
+    source = opened(path)
+    if source.head.startswith(b"PK\x03\x04"):
         root, unreadable = _read_zip(source, 0, source.size)
     elif source.head.startswith(b"\x80"):
         root, unreadable = torchlegacy.read(source)
     else:
         raise SourceError(f"{source.path}: is not a torch.save file, it is {source.kind}.")
+    return _checked(source, root, unreadable)
+
+
+def _checked(source: Source, root: object, unreadable: list[tuple[Inert, str]]) -> object:
     if unreadable:
         tensor, why = unreadable[0]
         raise SourceError(

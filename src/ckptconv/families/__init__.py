@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ckptconv.errors import SourceError, UsageError, near, some
 from ckptconv.families.bert import BERT, MEGATRON_BERT
+from ckptconv.families.dbrx import DBRX
 from ckptconv.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, KIMI_K2
 from ckptconv.families.falcon import FALCON
 from ckptconv.families.family import Family
@@ -35,7 +36,7 @@ from ckptconv.families.t5 import T5
 from ckptconv.spec import ModelSpec
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (
-    LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2, GLM4_MOE,
+    LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, DBRX, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2, GLM4_MOE,
     GLM4_MOE_LITE,
     GPT2, GPT_BIGCODE, STARCODER2, GPT_NEOX, FALCON, OPT, BERT, MEGATRON_BERT, T5,
     GEMMA, GEMMA2, GEMMA3_TEXT, GLM, GLM4, PHI3, GPT_OSS, MINISTRAL, OLMO2, GRANITE, SMOLLM3, NEMOTRON, STABLELM, OLMO,
@@ -85,7 +86,7 @@ def for_spec(spec: ModelSpec) -> Family:
 #: What older converters call a model -> our family, or Megatron's kind of model.
 MODEL_TYPES = {
     "GPT": "GPT", "BERT": "BERT", "llama": "llama", "llama2": "llama", "llama3": "llama", "codellama": "llama",
-    "mistral": "mistral", "qwen2": "qwen2", "mixtral": "mixtral",
+    "mistral": "mistral", "qwen2": "qwen2", "mixtral": "mixtral", "dbrx": "dbrx",
     "deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3", "deepseek_r1": "deepseek_v3",
     "moonlight": "deepseek_v3",
     "kimi_k2": "kimi_k2", "qwen3": "qwen3", "qwen2_moe": "qwen2_moe", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_moe",

@@ -58,7 +58,7 @@ W, V = "mlp l0 weight W", "mlp l0 weight V"
 ENDS = (
     Row(EMBEDDINGS, ("word embeddings",),     "embedding.word_embeddings.weight", COLUMN, vocab=True),
     Row(EMBEDDINGS, ("word embeddings",),     "output_layer.weight", COLUMN, vocab=True, last_stage=True, when=_tied),
-    Row(EMBEDDINGS, ("word embeddings",),     "embedding.word_embeddings.weight", COLUMN, vocab=True, last_stage=True,
+    Row(EMBEDDINGS, ("word embeddings",),     "embedding.word_embeddings.weight", COLUMN, vocab=True, mtp_stage=True,
         when=_mtp),
     Row(EMBEDDINGS, ("position embeddings",), "embedding.position_embeddings.weight", REPLICATED),
     Row(FINAL, ("weight",),                   "decoder.final_layernorm.weight", REPLICATED),
@@ -210,10 +210,14 @@ class Dialect:
 
 IGNORE = (Ignore("_extra_state", "state of fp8 scaling or a placeholder; Megatron makes new ones"),)
 
+HYBRID = (
+    "a HybridModel checkpoint (attention, MLP and Mamba layers, each with a number of its own; of attention and MLP "
+    "alone Megatron-LM's tools/checkpoint/gpt_hybrid_conversion.py makes a GPTModel's)"
+)
 #: Names that only other kinds of Megatron models have, and what they are.
 FOREIGN = {
-    "decoder.final_norm.": "a HybridModel checkpoint",
-    ".mixer.": "a Mamba or hybrid checkpoint",
+    "decoder.final_norm.": HYBRID,
+    ".mixer.": HYBRID,
     "language_model": "a legacy (pre megatron-core) checkpoint",
     ".cross_attention.": "a T5 checkpoint",
 }

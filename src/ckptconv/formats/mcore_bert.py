@@ -49,14 +49,14 @@ def is_bert(names: Iterable[str]) -> bool:
     return any(name.startswith(BLOCK + "layers.") for name in names)
 
 
-def fields(tensors: Mapping[str, LazyTensor], activation: object) -> dict[str, Any]:
+def fields(tensors: Mapping[str, LazyTensor], activation: object, of_head: str = "gelu") -> dict[str, Any]:
     """The ModelSpec fields that only the tensors tell: which heads there are, and how many token types.
 
-    `activation` is that of the layers; the head always has the exact GELU (`BertLMHead.gelu`).
+    `activation` is that of the layers; the head of megatron-core has the exact GELU (`BertLMHead.gelu`).
     """
     types, head = tensors.get(TOKEN_TYPES), "lm_head.dense.weight" in tensors
     return {
-        "head_activation": "gelu" if head and activation != "gelu" else None,
+        "head_activation": of_head if head and activation != of_head else None,
         "model_type": "BERT",
         "num_tokentypes": types.shape[0] if types else 0,
         "lm_head": head,

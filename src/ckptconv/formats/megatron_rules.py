@@ -202,6 +202,8 @@ REFUSALS: Rules = (
     (lambda s: s.alibi, "alibi positions."),
     (lambda s: s.residual_multiplier != 1, "residuals multiplied by {0.residual_multiplier}."),
     (lambda s: s.logit_multiplier != 1, "logits multiplied by {0.logit_multiplier}."),
+    (lambda s: s.norm == "LayerNorm" and not s.norm_bias, "LayerNorm without biases: megatron-core's has them."),
+    (lambda s: s.qkv_clip is not None, "queries, keys and values clipped at {0.qkv_clip}."),
     (lambda s: s.norm not in ("RMSNorm", "LayerNorm"), "norm {0.norm}: megatron-core has RMSNorm and LayerNorm."),
     (lambda s: s.norm_has_bias and (s.qk_norm is not None or s.mla is not None or s.mtp_layers > 0),
      "LayerNorm on queries and keys, in latent attention or in multi-token prediction: megatron-core's has biases."),
@@ -333,7 +335,6 @@ def check(spec: ModelSpec, custom: bool, tp: int) -> None:
 #: attribute, values beside None that mean "not used", what it is.
 UNSUPPORTED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("qk_l2_norm",                              (False,),     "L2 norms on queries and keys"),
-    ("virtual_pipeline_model_parallel_size",    (1,),         "interleaved (virtual) pipeline stages"),
     ("softmax_type",                            ("vanilla", "learnable"), "a sink that is not trained"),
     ("attention_output_gate",                   (False,),     "a gate on the attention output"),
     ("experimental_attention_variant",          (),           "an experimental attention"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ckptconv.cuts import Cut
 from ckptconv.errors import TableError
 from ckptconv.messages import Expected
+from ckptconv.ops import PLAIN, View
 from ckptconv.spec import ModelSpec
 
 
@@ -19,11 +20,13 @@ def _always(spec: ModelSpec, layer: int | None) -> bool:
 class Row:
     """The tensor `name` of a rank file holds `keys` of `message`, cut over tensor-parallel ranks by `cut`.
 
-    `{i}` is the layer's number within its stage, `{e}` the expert's within its expert-parallel rank: then the tensor
-    holds one expert's slices of the keys. `vocab`: rows are padded to the padded vocabulary. `last_stage`: the tensor
-    lies on the last stage, too, although its message belongs to the first: a copy, where there are several stages.
-    `double`: the tensor repeats what another row holds, as its reader wants both. `vector`: keys [e, n] of which a
-    tensor holds one row, as a vector.
+    `{i}` is the layer's number within its stage, `{n}` in the model, `{e}` the expert's within its expert-parallel
+    rank, `{g}` in the model: then the tensor holds one expert's slices of the keys. `stacked`: it holds those of all
+    experts of its expert-parallel rank. `view`: how the file's tensor is seen by the cut. `vocab`: rows are padded to
+    the padded vocabulary. `last_stage`: the tensor lies on the last stage, too, although its message belongs to the
+    first: a copy, where there are several stages; `mtp_stage`: the same for the stage of the MTP layers. `double`: the
+    tensor repeats what another row holds, as its reader wants both. `vector`: keys [e, n] of which a tensor holds one
+    row, as a vector.
     """
 
     message: str
@@ -32,19 +35,22 @@ class Row:
     cut: Cut
     vocab: bool = False
     last_stage: bool = False
+    mtp_stage: bool = False
     double: bool = False
     vector: bool = False
+    view: View = PLAIN
+    stacked: bool = False
     when: Callable[[ModelSpec, int | None], bool] = _always
 
     @property
     def expert(self) -> bool:
         """Whether the tensor is one expert's."""
-        return "{e}" in self.name
+        return "{e}" in self.name or "{g}" in self.name
 
     @property
     def copy(self) -> bool:
         """Whether another row holds the same."""
-        return self.last_stage or self.double
+        return self.last_stage or self.mtp_stage or self.double
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from ckptconv import companions, dtypes, families, lazy, ops, stream
-from ckptconv.containers import hfdir
-from ckptconv.errors import SourceError, near, some
+from ckptconv.containers import hfdir, msdir
+from ckptconv.errors import SourceError, near, refuse, some
 from ckptconv.families import quantised
 from ckptconv.families.family import Row
 from ckptconv.lazy import Cast, LazyTensor
@@ -24,12 +24,20 @@ from ckptconv.spec import ModelSpec
 
 log = logging.getLogger("ckptconv.loader")
 
+#: --load-dir may be a model of the Hugging Face hub.
+from_hub = True
+
+#: --load-dir may be a weight file.
+takes_files = True
+
 
 def recognises(load_dir: str) -> str | None:
     """Why a directory looks like ours, or None."""
     folder = Path(load_dir)
-    if (folder / "latest_checkpointed_iteration.txt").exists():
+    if (folder / "latest_checkpointed_iteration.txt").exists() or msdir.recognises(load_dir):
         return None
+    if folder.is_file() and (folder.name == hfdir.SINGLE or folder.suffix in (".bin", ".pt", ".pth")):
+        return f"it is a file {folder.suffix}"
     for name in ("config.json", hfdir.SINGLE, hfdir.INDEX, hfdir.BIN, hfdir.BIN_INDEX):
         if (folder / name).is_file():
             return f"it has {name}"
@@ -37,7 +45,9 @@ def recognises(load_dir: str) -> str | None:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """No flags of its own: everything is read from the directory."""
+    """Flags of this loader."""
+    group = parser.add_argument_group("loader hf")
+    group.add_argument("--config", metavar="PATH", help="config.json, where it does not lie beside the weights")
 
 
 def load_checkpoint(queue: Any, args: Namespace) -> None:
@@ -51,26 +61,46 @@ def pinned(family: str) -> Any:
     return SimpleNamespace(
         __name__=f"ckptconv.loaders.hf ({family})",
         __doc__=text,
+        from_hub=True,
         add_arguments=add_arguments,
+        takes_files=takes_files,
         load_checkpoint=lambda queue, args: _load(queue, args, family),
     )
 
 
 def _load(queue: Any, args: Namespace, only: str | None) -> None:
-    stream.send(queue, _Source(args.load_dir, only, getattr(args, "dtype_name", None)))
+    told = getattr(args, "config", None)
+    stream.send(queue, opened(args.load_dir, only, getattr(args, "dtype_name", None), told))
+
+
+def opened(
+    directory: str, only: str | None = None, dtype: str | None = None, config: str | None = None
+) -> stream.Source:
+    """The model in a directory (or one weight file), checked. only: its family; dtype: what it will be cast to;
+    config: the path of its config.json, where it is elsewhere. Raises SourceError.
+    """
+    return _Source(directory, only, dtype, config)
 
 
 class _Source:
     """One directory: its config, its tensors by name, and which of them have been used."""
 
-    def __init__(self, directory: str, only: str | None, dtype: str | None) -> None:
+    def __init__(
+        self, directory: str, only: str | None, dtype: str | None, told: str | None = None
+    ) -> None:
         self.directory = directory
         self._casting = bool(dtype)
-        self._companions = companions.find(directory)
+        folder = Path(directory).parent if Path(directory).is_file() else Path(directory)
+        self._companions = companions.find(folder)
+        if told:
+            self._companions = {**companions.find(Path(told).parent), **self._companions, companions.CONFIG: told}
         config = companions.read_config(self._companions)
-        where = str(Path(directory) / companions.CONFIG)
+        where = told or str(folder / companions.CONFIG)
         if config is None:
-            raise SourceError(f"{where}: missing. The sizes of the model are read from it; fetch it with the weights.")
+            beside = f"{directory}: " if folder != Path(directory) else ""
+            raise SourceError(
+                f"{beside}{where}: missing. The sizes of the model are read from it; fetch it with the weights."
+            )
         self.family = families.of_config(config, where)
         if only and self.family.name != only:
             raise SourceError(
@@ -79,8 +109,8 @@ class _Source:
             )
         quantised.method_of(config, where)
         self._where = where
-        stored, self.files = hfdir.read(directory)
-        self._names, self._changes = quantised.plain(stored, config, dtype, where)
+        self._stored, self.files = hfdir.read(directory)
+        self._names, self._changes = quantised.plain(self._stored, config, dtype, where)
         for change in self._changes:
             log.info("loader: %s", change)
         prefix = self.family.prefix
@@ -117,10 +147,13 @@ class _Source:
             if dtypes.BY_NAME[tensor.dtype].floating:
                 sizes[tensor.dtype] += tensor.nbytes
         if not sizes:
-            raise SourceError(f"{self.directory}: its weight files hold no floating point tensors.")
+            raise SourceError(f"{self.directory}: its weight files hold no floating point tensors. Are they a model's?")
         stored = sizes.most_common(1)[0][0]
         if dtypes.size_of(stored) < 2:
-            raise SourceError(f"{self.directory}: most weights are {stored}, which is a quantised form. Not supported.")
+            raise SourceError(
+                f"{self.directory}: most weights are {stored}, a quantised form that is not read. Use the unquantised "
+                "checkpoint of this model."
+            )
         return spec.replace(dtype=stored)
 
     def _settle_mtp(self, spec: ModelSpec) -> ModelSpec:
@@ -187,17 +220,17 @@ class _Source:
             hint = near(missing[0], left)
             if wanted[missing[0]].name == "output layer":
                 hint = " config.json says the head is not tied (tie_word_embeddings)."
-            raise SourceError(
+            refuse(SourceError(
                 f"{self.directory}: lacks {some(missing)}, which a {self.family.name} model of "
                 f"{self.spec.num_layers} layers has.{hint} Is config.json from the same checkpoint?"
-            )
+            ))  # fmt: skip
         ignored = self._ignored()
         left = [name for name in self._names if name not in wanted and name not in ignored]
         if left:
-            raise SourceError(
+            refuse(SourceError(
                 f"{self.directory}: holds {some(left)}, which a {self.family.name} model as in config.json "
                 f"({self.spec.num_layers} layers) does not have.{near(left[0], wanted)} They would be lost."
-            )
+            ))  # fmt: skip
         for name, reason in sorted(ignored.items()):
             log.debug("loader: ignored %s: %s", name, reason)
 
@@ -229,10 +262,10 @@ class _Source:
                     continue
                 tensor = next(self._made(message, row) for row in self._rows(message) if duplicate.key in row.keys)
                 if not lazy.equal(self._names[name], tensor[duplicate.key]):
-                    raise SourceError(
+                    refuse(SourceError(
                         f"{self.directory}: {name} differs from {duplicate.key!r} of {duplicate.message!r}, of which "
                         "it has to be a copy. Converting would lose one of the two."
-                    )
+                    ))  # fmt: skip
 
     # The stream
 
@@ -256,6 +289,14 @@ class _Source:
         for row in self._rows(message):
             made |= self._made(message, row)
         return {key: made[key] for key in message.shapes}
+
+    def holdings(self) -> stream.Holdings:
+        """What lies in which file."""
+        files: dict[str, dict[str, LazyTensor]] = {}
+        for name, tensor in self._stored.items():
+            path = next((place[0] for place in lazy.places(tensor)), self.directory)
+            files.setdefault(Path(path).name, {})[name] = tensor
+        return stream.Holdings(files)
 
     def _made(self, message: Expected, row: Row) -> dict[str, LazyTensor]:
         """The message tensors of one row."""

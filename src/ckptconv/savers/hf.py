@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ckptconv import companions, dtypes, families, lazy, numbers, ops, writing
-from ckptconv.containers import safetensors
-from ckptconv.containers.plan import Slot
-from ckptconv.errors import TargetError, some
+from ckptconv.containers import hfdir, safetensors, torchzip
+from ckptconv.containers.plan import PlannedFile, Slot
+from ckptconv.errors import TargetError, UsageError, some
 from ckptconv.families import quantised
 from ckptconv.families.family import NOT_IN_CONFIG, Family, Row
 from ckptconv.families.rope import dual
@@ -24,7 +24,8 @@ from ckptconv.metadata import Metadata
 from ckptconv.ops import PLAIN, Tile
 from ckptconv.quantised import Fp8Codes, Fp8Scales, rounded
 from ckptconv.spec import ModelSpec, differences
-from ckptconv.staging import Staging
+from ckptconv.staging import staged
+from ckptconv.tokenizers import choice
 from ckptconv.writing import Build, Route, Routes
 
 log = logging.getLogger("ckptconv.saver")
@@ -34,7 +35,7 @@ LOADER = "hf"
 INDEX = "model.safetensors.index.json"
 #: What an earlier output may have left that would be taken for part of this one, or for what is in the directory.
 _STALE = re.compile(
-    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|latest_checkpointed_iteration\.txt"
+    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|latest_checkpointed_iteration\.txt|checkpoint\.pt"
 )
 
 
@@ -43,30 +44,43 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("saver hf")
     group.add_argument("--max-shard-size", type=numbers.size, default=numbers.size("5GB"), metavar="SIZE",
                        help="largest weight file, such as 5GB or 500MB (default 5GB)")  # fmt: skip
+    group.add_argument("--num-output-shards", type=numbers.positive, metavar="N",
+                       help="exactly so many weight files, of about the same size, instead of --max-shard-size"
+                       )  # fmt: skip
     group.add_argument("--quantize", choices=("fp8",),
                        help="write linears as DeepSeek-V3 does: E4M3 with a scale per block of 128x128")  # fmt: skip
+    group.add_argument("--full-state-file", action="store_true",
+                       help=f"write all weights into one torch file, {hfdir.FULL}, instead of safetensors")  # fmt: skip
+    choice.add_arguments(parser)
 
 
 def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
     """Write args.save_dir. Returns bytes and digests. Raises CkptconvError of any kind."""
-    with Staging(args.save_dir, overwrite=args.overwrite, resume=args.resume) as staging:
+    with staged(args) as staging:
         metadata = queue.metadata()
         family, config, notes = _config(metadata, args)
+        tokenizer = choice.choose(metadata, args)
+        if tokenizer is not None:
+            unsettled, config = config, choice.settled(config, tokenizer)
+            if config != unsettled:
+                notes.append(f"config.json has the tokenizer's ids now: {some(choice.changes(unsettled, config))}.")
         coded = getattr(args, "quantize", None) is not None
         if coded:
             config = {**config, **_quantization(metadata.spec, family)}
             notes.append("linears are quantised to fp8 in blocks of 128x128: digests are of what is read back.")
-        shards, routes, builds, reread = _plan(metadata, family, args.max_shard_size, coded)
-        plans = {name: safetensors.plan(slots) for name, slots in shards.items()}
-        mark = writing.fingerprint(metadata, saver="hf", max_shard_size=args.max_shard_size, fp8=coded)
+        single = getattr(args, "full_state_file", False)
+        number = getattr(args, "num_output_shards", None)
+        if single and number:
+            raise UsageError("--num-output-shards: with --full-state-file there is one file.")
+        limit = 0 if single else args.max_shard_size
+        shards, routes, builds, reread = _plan(metadata, family, limit, coded, number)
+        plans: dict[str, PlannedFile] = {name: _file(name, slots) for name, slots in shards.items()}
+        limits = {"max_shard_size": args.max_shard_size, "fp8": coded, "single": single, "shards": number}
+        mark = writing.fingerprint(metadata, saver="hf", **limits)
         written = writing.write(queue, staging, plans, routes, [], metadata, args, mark, builds, reread)
-        for name, path in metadata.origin.companions.items():
-            if name != companions.CONFIG:
-                staging.add(name, Path(path).read_bytes())
-        small = [name for name in metadata.origin.companions if name != companions.CONFIG]
-        if "generation_config.json" not in small:
-            staging.add("generation_config.json", _generation_config(config))
-            small.append("generation_config.json")
+        small = choice.small_files(metadata, args, config, tokenizer)
+        for name, content in small.items():
+            staging.add(name, content if isinstance(content, bytes) else Path(content).read_bytes())
         target = {"format": "hf", "family": family.name, "notes": notes}
         staging.add(companions.PROVENANCE, writing.provenance(metadata, target, written.digests))
         last = [companions.CONFIG]
@@ -74,8 +88,10 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
             staging.add(INDEX, _index(shards))
             last.insert(0, INDEX)
         staging.add(companions.CONFIG, _config_bytes(metadata, config))
-        stale = [entry.name for entry in staging.target.iterdir() if _STALE.fullmatch(entry.name)]
-        staging.publish([*shards, *small, companions.PROVENANCE], last, [s for s in stale if s not in shards])
+        there = [name for name in staging.present() if name not in (*shards, *small)]
+        of_tokenizer = any(map(companions.is_tokenizer, small))
+        stale = [n for n in there if _STALE.fullmatch(n) or (of_tokenizer and companions.is_tokenizer(n))]
+        staging.publish([*shards, *small, companions.PROVENANCE], last, stale)
     for note in notes:
         log.warning("saver: %s", note)
     return {"bytes": written.bytes, "digests": written.digests}
@@ -111,7 +127,7 @@ def _config(metadata: Metadata, args: Namespace) -> tuple[Family, dict[str, Any]
     if original is None:
         notes.append(
             f"config.json was rebuilt from the source's own arguments as a {family.name} model, as none came with it; "
-            "check special token ids, and add tokenizer files if there are none."
+            "check special token ids, and give --tokenizer-model if there are no tokenizer files."
         )
     return family, family.config(spec), notes
 
@@ -138,11 +154,6 @@ def _config_bytes(metadata: Metadata, config: dict[str, Any]) -> bytes:
     if path and companions.read_json(path) == config:
         return Path(path).read_bytes()
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _generation_config(config: dict[str, Any]) -> bytes:
-    ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
-    return (json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n").encode()
 
 
 def _quantization(spec: ModelSpec, family: Family) -> dict[str, Any]:
@@ -216,27 +227,17 @@ Reread = dict[str, Callable[[dict[str, LazyTensor]], dict[str, LazyTensor]]]
 
 
 def _plan(
-    metadata: Metadata, family: Family, limit: int, coded: bool
+    metadata: Metadata, family: Family, limit: int, coded: bool, number: int | None = None
 ) -> tuple[dict[str, list[Slot]], Routes, dict[str, list[Build]], Reread]:
     """(file -> slots, where each message tensor goes, what is made of those of a message, what is read back).
 
-    Shards are filled in message order up to `limit` bytes. `coded`: linears are quantised.
+    Shards are filled in message order up to `limit` bytes (0: all goes into one torch file), or there are `number` of
+    them. `coded`: linears are quantised. Raises TargetError.
     """
     spec = metadata.spec
-    groups: list[list[Slot]] = [[]]
-    filled = 0
-    where: dict[str, int] = {}
+    stored: list[Slot] = []
     placed: list[tuple[Expected, Row, list[str]]] = []
     copies: list[tuple[str, str, str]] = []
-
-    def add(slot: Slot) -> None:
-        nonlocal filled
-        if groups[-1] and filled + slot.nbytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(slot)
-        filled += slot.nbytes
-        where[slot.name] = len(groups) - 1
 
     for message in expected(spec):
         for row in family.rows_of(message, spec):
@@ -245,20 +246,21 @@ def _plan(
             dtype = _dtype(metadata, message, row)
             for name, part in zip(names, row.op.part_shapes(keys, spec), strict=True):
                 if coded and quantised.is_linear(row):
-                    for slot in quantised.slots(name, part):
-                        add(slot)
+                    stored += quantised.slots(name, part)
                 else:
-                    add(Slot(name, dtype, row.view.shape(part)))
+                    stored.append(Slot(name, dtype, row.view.shape(part)))
             placed.append((message, row, names))
         for duplicate in family.duplicates:
             if duplicate.written and duplicate.message == message.name and duplicate.when(spec):
                 for name in duplicate.stored(spec):
                     dtype = metadata.dtype(message.name, duplicate.key)
-                    add(Slot(name, dtype, message.shapes[duplicate.key]))
+                    stored.append(Slot(name, dtype, message.shapes[duplicate.key]))
                     copies.append((message.name, duplicate.key, name))
+    groups = _shards(stored, limit, number)
+    where = {slot.name: n for n, group in enumerate(groups) for slot in group}
     count = len(groups)
     files = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
-    files = files if count > 1 else ["model.safetensors"]
+    files = files if count > 1 else ["model.safetensors" if limit else hfdir.FULL]
     routes: Routes = {}
     builds: dict[str, list[Build]] = {}
     changed: dict[str, list[tuple[Row, list[str]]]] = {}
@@ -284,6 +286,26 @@ def _plan(
     return dict(zip(files, groups, strict=True)), routes, builds, reread
 
 
+def _shards(slots: list[Slot], limit: int, number: int | None) -> list[list[Slot]]:
+    """Runs of slots: of up to `limit` bytes (0: one run), or `number` of about the same size. Raises TargetError."""
+    if number and number > len(slots):
+        raise TargetError(f"--num-output-shards {number}: the model has {len(slots)} tensors, a file needs one.")
+    groups: list[list[Slot]] = [[]]
+    filled, left = 0, sum(slot.nbytes for slot in slots)
+    for index, slot in enumerate(slots):
+        full = limit and filled + slot.nbytes > limit
+        if number:
+            runs, rest = number - len(groups), len(slots) - index  # both still to come
+            share = (filled + left) / (runs + 1)
+            full = runs and (filled + slot.nbytes / 2 > share or rest == runs)
+        if groups[-1] and full:
+            groups.append([])
+            filled = 0
+        groups[-1].append(slot)
+        filled, left = filled + slot.nbytes, left - slot.nbytes
+    return groups
+
+
 def _dtype(metadata: Metadata, message: Expected, row: Row) -> str:
     kinds = {metadata.dtype(message.name, key) for key in row.keys}
     if len(kinds) > 1 and len(row.keys) > len(row.names):
@@ -292,6 +314,10 @@ def _dtype(metadata: Metadata, message: Expected, row: Row) -> str:
             "tensor there. Give --dtype to convert all weights."
         )
     return metadata.dtype(message.name, row.keys[0])
+
+
+def _file(name: str, slots: list[Slot]) -> PlannedFile:
+    return torchzip.plan({slot.name: slot for slot in slots}) if name == hfdir.FULL else safetensors.plan(slots)
 
 
 def _index(shards: dict[str, list[Slot]]) -> bytes:

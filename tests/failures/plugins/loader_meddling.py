@@ -6,7 +6,7 @@ Message 0 is the metadata, `last` the final word. Deeds, separated by commas, ar
     saver:NAME         send it to the saver           finished:N   wait until the saver has finished N files
     truncate:PATH:N    cut a file to N bytes          grow:PATH:N  write a new file of N bytes, `all` that there are
     touch:PATH         make an empty file             rename:A:B   rename
-    sleep:S            sleep
+    sleep:S            sleep                          wait:PATH    until there is such a file
     exit:N             leave without a word           raise:TEXT   fail as a bug does
 """
 
@@ -70,6 +70,9 @@ def _do(deed: str, *words: str, args: Namespace) -> None:
         os.rename(*words)
     elif deed == "sleep":
         time.sleep(float(words[0]))
+    elif deed == "wait":
+        while not Path(words[0]).exists():
+            time.sleep(0.01)
     elif deed == "exit":
         os._exit(int(words[0]))
     elif deed == "raise":

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from typing import Any
 from ckptconv import errors, measure, plugins, transport
 from ckptconv.errors import CkptconvError, ProtocolError, UsageError
 from ckptconv.plugins import Plugin
-from ckptconv.staging import Stopped
+from ckptconv.staging import Staging, Stopped
 
 log = logging.getLogger("ckptconv")
 
@@ -65,7 +66,8 @@ class _Saver:
         # A Ctrl-C at this moment waits: the child must not get it before it can ignore it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._process.start()
+            with _without_main():
+                self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         child.close()
@@ -134,6 +136,7 @@ def _run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
     sender = transport.Sender(
         process.queue, process.returned, checking=args.checking, dtype=args.dtype_name,
         loader=loader.name, memory=_budget(args, saver), alive=process.alive, model_type=args.model_type,
+        spoken=args.queue_dialect, kv_channels=args.kv_channels,
     )  # fmt: skip
     try:
         loader.run(sender, args)
@@ -164,9 +167,13 @@ def _run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
 OURS, WITH_TORCH = 96 << 20, 384 << 20
 
 
+def room(args: Namespace, saver: Plugin) -> int:
+    """Bytes that a saver's process holds for itself."""
+    return OURS if saver.ours and not args.dtype_name else WITH_TORCH
+
+
 def _budget(args: Namespace, saver: Plugin) -> transport.Budget:
-    other = OURS if saver.ours and not args.dtype_name else WITH_TORCH
-    return transport.Budget(args.max_memory, other, copied=not saver.ours)
+    return transport.Budget(args.max_memory, room(args, saver), copied=not saver.ours)
 
 
 @contextlib.contextmanager
@@ -188,6 +195,17 @@ def _interrupted_once() -> Iterator[None]:
     finally:
         for number, old in before.items() if not came else ():
             signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """A new process would run the program that called us again; a saver needs nothing of it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 class Terminated(KeyboardInterrupt):
@@ -223,7 +241,8 @@ def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, par
         if saver.ours:
             gc.disable()  # nothing here makes reference cycles worth the search
         receiver = transport.Receiver(queue, returned, checking=args.checking, alive=alive,
-                                      slices=saver.slices, most=args.max_memory)  # fmt: skip
+                                      slices=saver.slices, most=args.max_memory,
+                                      spoken=args.queue_dialect)  # fmt: skip
         result = saver.run(receiver, args)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)  # it is done: only the report is left
@@ -276,9 +295,14 @@ def _leave_with(parent: int) -> None:
     os._exit(1)
 
 
-def check_usage(args: Namespace) -> None:
+def check_target(args: Namespace) -> None:
+    """What can be said about --save-dir before anything is fetched. Raises UsageError, TargetError."""
+    Staging(args.save_dir, overwrite=args.overwrite, resume=args.resume)
+
+
+def check_usage(args: Namespace, loader: Plugin) -> None:
     """What can be said about the flags before anything is read. Raises UsageError."""
-    if not os.path.isdir(args.load_dir):
+    if not os.path.isdir(args.load_dir) and not (loader.files and os.path.isfile(args.load_dir)):
         what = "is a file, expected a directory" if os.path.exists(args.load_dir) else "does not exist"
         raise UsageError(f"--load-dir {args.load_dir}: {what}.")
     if os.path.exists(args.save_dir) and os.path.samefile(args.load_dir, args.save_dir):
