@@ -24,10 +24,10 @@ HEAD = ["| source | planned | peak | first layers streamed | peak |", "| --- | -
 PLAN = """
 import sys
 from argparse import ArgumentParser
-from ckptconv.loaders.hf import _Source
+from ckptconv.loaders.hf import opened
 from ckptconv.messages import expected
-from ckptconv.savers import megatron_mcore
-source = _Source(sys.argv[1], None, None)
+from ckptconv.savers import _megatron, megatron_mcore
+source = opened(sys.argv[1])
 for message in expected(source.spec):
     source.tensors(message)
 parser = ArgumentParser()
@@ -35,7 +35,7 @@ megatron_mcore.add_arguments(parser)
 tp, pp, ep = sys.argv[2:]
 args = parser.parse_args(["--target-tp", tp, "--target-pp", pp, "--target-ep", ep])
 args.save_dir, args.dtype_name = "planned", None
-target = megatron_mcore._Target(source.metadata(), args)
+target = _megatron.Target(source.metadata(), args)
 print(len(target.plans), sum(plan.size for plan in target.plans.values()))
 """
 

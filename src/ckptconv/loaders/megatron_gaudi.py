@@ -23,7 +23,7 @@ from ckptconv.containers.rankdir import Rank
 from ckptconv.errors import SourceError, UsageError
 from ckptconv.formats import gaudi
 from ckptconv.lazy import LazyTensor, Transposed
-from ckptconv.loaders import _megatron, megatron_mcore
+from ckptconv.loaders import _megatron, _rankfiles
 from ckptconv.loaders._megatron import Found
 from ckptconv.metadata import Metadata
 
@@ -57,7 +57,7 @@ def load_checkpoint(queue: Any, args: Namespace) -> None:
     paths, said = rankdir.rank_files(directory)
     _check_layout(str(paths[0, 0, 0]), said)
     reader = _Reader(paths, said)
-    found = megatron_mcore.read(directory, paths, gaudi.ASSUMED | said, reader.tensors)
+    found = _rankfiles.read(directory, paths, gaudi.ASSUMED | said, reader.tensors)
     source = _megatron.Source(args, "megatron_gaudi", top, directory, iteration, found)
     stream.send(queue, _Told(source, args, paths, said, reader.bins))
 
@@ -94,7 +94,7 @@ class _Reader:
                 continue
             name, dynamic = gaudi.plain(name, first, str(path))
             kept[name] = self._turned(name, value) if dynamic and isinstance(value, LazyTensor) else value
-        return megatron_mcore.core_tensors(path, kept, found, chunk)
+        return _rankfiles.core_tensors(path, kept, found, chunk)
 
     def _turned(self, name: str, tensor: LazyTensor) -> LazyTensor:
         """An expert's weight as megatron-core has it: [2m, h] and [h, m], where dynamic experts may be transposed."""

@@ -18,7 +18,7 @@ from ckptconv.errors import SourceError
 from ckptconv.formats import mcore, megatron_legacy
 from ckptconv.formats.table import Row
 from ckptconv.lazy import LazyTensor
-from ckptconv.loaders import _megatron, megatron_mcore
+from ckptconv.loaders import _megatron, _rankfiles
 from ckptconv.loaders._megatron import Found
 from ckptconv.sharding import slot_name
 from ckptconv.spec import ModelSpec
@@ -45,7 +45,7 @@ def load_checkpoint(queue: Any, args: Namespace) -> None:
     directory, iteration = rankdir.find_iteration(top, args.iteration)
     paths, said = rankdir.rank_files(directory, needs_args=False)
     first = str(paths[0, 0, 0])
-    found = megatron_mcore.read(directory, paths, megatron_legacy.core_arguments(said), _tensors)
+    found = _rankfiles.read(directory, paths, megatron_legacy.core_arguments(said), _tensors)
     names = [name.rpartition("/")[2] for there in found.tensors.values() for name in there]
     bert = megatron_legacy.is_bert(names)
     if not said:

@@ -13,7 +13,7 @@ from ckptconv.errors import SourceError
 from ckptconv.formats import megatron_llm, megatron_llm_args
 from ckptconv.formats.megatron_llm import TOKENIZER
 from ckptconv.lazy import LazyTensor
-from ckptconv.loaders import _megatron, megatron_mcore
+from ckptconv.loaders import _megatron, _rankfiles
 from ckptconv.loaders._megatron import Found
 from ckptconv.sharding import slot_name
 
@@ -33,7 +33,7 @@ def load_checkpoint(queue: Any, args: Namespace) -> None:
     top = Path(args.load_dir)
     directory, iteration = rankdir.find_iteration(top, args.iteration)
     paths, said = rankdir.rank_files(directory)
-    found = megatron_mcore.read(directory, paths, said, _tensors)
+    found = _rankfiles.read(directory, paths, said, _tensors)
     if getattr(args, "model_type", None) == "gemma":
         said = {"model_name": "gemma", **said}
     found.fields = functools.partial(megatron_llm_args.fields, said)

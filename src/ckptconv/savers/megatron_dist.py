@@ -21,7 +21,7 @@ from ckptconv.formats import mcore_dist
 from ckptconv.formats.table import Row
 from ckptconv.layout import Layout
 from ckptconv.metadata import Metadata
-from ckptconv.savers import megatron_mcore
+from ckptconv.savers import _megatron
 from ckptconv.sharding import Placement, placements
 
 #: The loader that reads what this writes (for --verify).
@@ -37,7 +37,7 @@ FINISHED = b"""\
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Flags of this saver."""
-    megatron_mcore.add_arguments(parser, "megatron_dist")
+    _megatron.add_arguments(parser, "megatron_dist")
     group = parser.add_argument_group("torch_dist keys")
     group.add_argument("--layer-keys", choices=("auto", "stacked", "apart"), default="auto",
                        help="layers stacked in one tensor, or with keys of their own (default: as Megatron wants them, "
@@ -49,10 +49,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
     """Write args.save_dir. Returns bytes and digests. Raises CkptconvError of any kind."""
-    return megatron_mcore.save(queue, args, Target, "megatron_dist")
+    return _megatron.save(queue, args, Target, "megatron_dist")
 
 
-class Target(megatron_mcore.Target):
+class Target(_megatron.Target):
     """The layout only goes into the args, for a trainer that takes its flags from there; files know none."""
 
     def __init__(self, metadata: Metadata, args: Namespace) -> None:

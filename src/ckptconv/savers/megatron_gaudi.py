@@ -22,7 +22,7 @@ from ckptconv.formats import gaudi, megatron_args
 from ckptconv.formats.table import Row
 from ckptconv.lazy import LazyTensor
 from ckptconv.metadata import Metadata
-from ckptconv.savers import megatron_mcore
+from ckptconv.savers import _megatron
 from ckptconv.spec import differences
 
 log = logging.getLogger("ckptconv.saver")
@@ -35,7 +35,7 @@ _FREE = ("family", "dtype", "vocab_size", "max_position_embeddings", "seq_length
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Flags of this saver."""
-    megatron_mcore.add_arguments(parser)
+    _megatron.add_arguments(parser, "megatron_gaudi")
     add = parser.add_argument_group("saver megatron_gaudi").add_argument
     add("--source-margs-file", metavar="PATH",
         help=f"{gaudi.ARGS_FILE} of the model this one was made of: its args are taken over, but for those of the run "
@@ -48,10 +48,10 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
     """Write args.save_dir. Returns bytes and digests. Raises CkptconvError of any kind."""
     if args.moe_grouped_gemm or args.custom_layers:
         raise UsageError("--moe-grouped-gemm and --custom-layers: Gaudi's Megatron-LM has no such layers.")
-    return megatron_mcore.save(queue, args, _Target, "megatron_gaudi")
+    return _megatron.save(queue, args, _Target, "megatron_gaudi")
 
 
-class _Target(megatron_mcore.Target):
+class _Target(_megatron.Target):
     """In what the fork differs."""
 
     SYSTEM = "Gaudi's Megatron-LM"

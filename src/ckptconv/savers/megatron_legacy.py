@@ -9,7 +9,7 @@ from ckptconv.containers.plan import Slot
 from ckptconv.errors import LayoutError, UsageError
 from ckptconv.formats import megatron_legacy
 from ckptconv.formats.table import Row
-from ckptconv.savers import megatron_mcore
+from ckptconv.savers import _megatron
 from ckptconv.spec import ModelSpec
 
 #: The loader that reads what this writes (for --verify).
@@ -18,7 +18,7 @@ LOADER = "megatron_legacy"
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Flags of this saver: those of megatron_mcore that say something here."""
-    megatron_mcore.add_arguments(parser, "megatron_legacy")
+    _megatron.add_arguments(parser, "megatron_legacy")
     parser.set_defaults(saver_transformer_impl="local")
 
 
@@ -31,10 +31,10 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
         )
     if args.custom_layers:
         raise UsageError("--custom-layers: the legacy models know no --spec. --saver megatron_mcore has them.")
-    return megatron_mcore.save(queue, args, Target, "megatron_legacy")
+    return _megatron.save(queue, args, Target, "megatron_legacy")
 
 
-class Target(megatron_mcore.Target):
+class Target(_megatron.Target):
     """A checkpoint of legacy models."""
 
     SYSTEM = "Megatron-LM's legacy models"

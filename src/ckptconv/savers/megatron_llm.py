@@ -13,7 +13,7 @@ from ckptconv.containers.plan import Slot
 from ckptconv.formats import mcore, megatron_llm, megatron_llm_args
 from ckptconv.formats.megatron_llm import TOKENIZER
 from ckptconv.formats.table import Row
-from ckptconv.savers import megatron_mcore
+from ckptconv.savers import _megatron
 from ckptconv.spec import ModelSpec
 
 #: The loader that reads what this writes (for --verify).
@@ -53,10 +53,10 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
     """Write args.save_dir. Returns bytes and digests. Raises CkptconvError of any kind."""
     # Weights without an optimizer are a release: from an iteration the trainer wants to load the optimizer, too.
     args.iteration = "release" if args.iteration is None else args.iteration
-    return megatron_mcore.save(queue, args, Target, "megatron_llm")
+    return _megatron.save(queue, args, Target, "megatron_llm")
 
 
-class Target(megatron_mcore.Target):
+class Target(_megatron.Target):
     """A checkpoint of Megatron-LLM."""
 
     SYSTEM = TRAINER = "Megatron-LLM"
