@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from commands import same, weights_of
 from inprocess import here, main
-from tokenizers import Tokenizer
 
 Hf = Callable[..., Path]
 FILE = "model_optim_rng.pt"

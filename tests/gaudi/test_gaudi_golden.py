@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
 
 from commands import same, weights_of
 from inprocess import here, main
-from tokenizers import Tokenizer
 
 GOLDEN = Path(os.environ.get("CKPTCONV_GOLDEN") or Path(__file__).resolve().parents[2].parent / "shared" / "golden")
 HOME = GOLDEN / "gaudi"
