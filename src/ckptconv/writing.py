@@ -14,10 +14,11 @@ import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ckptconv import dtypes, lazy
+from ckptconv import companions, dtypes, lazy
 from ckptconv.checksum import whole
 from ckptconv.engine import Engine, Job, Output, Target, default_threads
 from ckptconv.errors import ProtocolError, SourceError
@@ -299,6 +300,13 @@ def provenance(metadata: Metadata, target: dict[str, Any], digests: dict[str, di
         "digests": digests,
     }
     return (json.dumps(data, indent=1) + "\n").encode()
+
+
+def carry(staging: Staging, metadata: Metadata) -> list[str]:
+    """Keep the small files of the source beside weights of another format; the folder to publish, if there is one."""
+    for name, path in metadata.origin.companions.items():
+        staging.add(f"{companions.FOLDER}/{name}", Path(path).read_bytes())
+    return [companions.FOLDER] if metadata.origin.companions else []
 
 
 class _Bar:

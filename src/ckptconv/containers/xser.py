@@ -10,10 +10,11 @@ Source: torch_xla 2.9 `utils/serialization.py`; neuronx-distributed 0.18 `parall
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ckptconv import nested
 from ckptconv.containers import torchzip
 from ckptconv.containers.inert import DTypeName, Inert
 from ckptconv.containers.pickling import Instance
@@ -44,7 +45,7 @@ def read(
         root = root[model_key]
     files, found, missing = [path], {}, []
     info = _info(path)
-    for name, value in _flat(root):
+    for name, value in nested.flat(root):
         number = reference(value)
         if isinstance(value, LazyTensor):
             found[name] = value
@@ -86,15 +87,6 @@ def tensor_file(path: Path, number: int) -> Path:
 
 def _kind(value: object) -> str:
     return str(value) if isinstance(value, Inert) else type(value).__name__
-
-
-def _flat(values: Mapping[object, object], above: str = "") -> Iterator[tuple[str, object]]:
-    """Nested dicts, with dots between their keys."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
 
 
 def _info(path: Path) -> dict[object, dict[str, object]]:

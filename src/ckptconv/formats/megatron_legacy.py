@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ckptconv import nested as nesting
 from ckptconv.errors import TableError
 from ckptconv.formats import mcore, mcore_bert, megatron_args, megatron_rules
 from ckptconv.formats.table import Row
@@ -144,14 +145,9 @@ def canonical(name: str) -> str:
     return name
 
 
-def flat(model: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(model: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     """Names and values of nested dicts, names joined by dots and in their newest spelling."""
-    for key, value in model.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from flat(value, name + ".")
-        else:
-            yield canonical(name), value
+    return ((canonical(name), value) for name, value in nesting.flat(model))
 
 
 #: Dicts within the model of a file; what follows in a name is one key.

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ckptconv import nested as nesting
 from ckptconv.cuts import COLUMN, GATED_COLUMN, QKV_GROUPS, REPLICATED, ROW
 from ckptconv.formats.table import Row
 from ckptconv.ops import RotaryPairs
@@ -104,16 +105,12 @@ DIALECTS = {
 _SPELLINGS = (("language_model.encoder.", "language_model.transformer."), (".self_attention.", ".attention."))
 
 
-def flat(model: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(model: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     """Names, as in `ROWS`, and values of a rank file's model in either dialect."""
-    for key, value in model.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from flat(value, name + ".")
-        else:
-            for encoder, release in _SPELLINGS:
-                name = name.replace(release, encoder)
-            yield name, value
+    for name, value in nesting.flat(model):
+        for encoder, release in _SPELLINGS:
+            name = name.replace(release, encoder)
+        yield name, value
 
 
 def nested(slots: Mapping[str, Any], dialect: str) -> dict[str, Any]:

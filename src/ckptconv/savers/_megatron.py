@@ -92,10 +92,7 @@ def save(queue: Any, args: Namespace, kind: type[Target], saver: str) -> dict[st
         for name, data in target.more_files().items():
             small += [] if name.startswith(f"{target.directory}/") else [name]
             staging.add(name, data)
-        for name, path in metadata.origin.companions.items():
-            staging.add(f"{companions.FOLDER}/{name}", Path(path).read_bytes())
-        if metadata.origin.companions:
-            small.append(companions.FOLDER)
+        small += writing.carry(staging, metadata)
         staging.add(rankdir.TRACKER, str(target.iteration).encode())
         staging.publish([target.directory, *small], [rankdir.TRACKER])
     for sentence in target.limits:

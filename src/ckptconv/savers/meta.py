@@ -47,10 +47,7 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
         described = {"format": "meta", **target.flags, "limits": target.limits}
         small = [companions.PROVENANCE]
         staging.add(companions.PROVENANCE, writing.provenance(metadata, described, written.digests))
-        for name, path in metadata.origin.companions.items():
-            staging.add(f"{companions.FOLDER}/{name}", Path(path).read_bytes())
-        if metadata.origin.companions:
-            small.append(companions.FOLDER)
+        small += writing.carry(staging, metadata)
         if TOKENIZER in metadata.origin.companions:
             small.append(TOKENIZER)
             staging.add(TOKENIZER, Path(metadata.origin.companions[TOKENIZER]).read_bytes())

@@ -7,7 +7,6 @@ import logging
 import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ckptconv import companions, cutting, numbers, writing
@@ -58,10 +57,7 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
         described = {"format": "mindspore", **target.flags}
         small = [companions.PROVENANCE]
         staging.add(companions.PROVENANCE, writing.provenance(metadata, described, written.digests))
-        for name, path in metadata.origin.companions.items():
-            staging.add(f"{companions.FOLDER}/{name}", Path(path).read_bytes())
-        if metadata.origin.companions:
-            small.append(companions.FOLDER)
+        small += writing.carry(staging, metadata)
         staging.add(msdir.MAP, target.map())
         stale = [name for name in staging.present() if _STALE.fullmatch(name)]
         new = [*target.plans, *small, msdir.MAP]

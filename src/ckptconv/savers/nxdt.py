@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import Any
 
 from ckptconv import companions, cutting, numbers, writing
@@ -66,10 +65,7 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
         described = {"format": "nxdt", **target.flags, "notes": target.notes}
         staging.add(companions.PROVENANCE, writing.provenance(metadata, described, written.digests))
         small = [companions.PROVENANCE]
-        for name, path in metadata.origin.companions.items():
-            staging.add(f"{companions.FOLDER}/{name}", Path(path).read_bytes())
-        if metadata.origin.companions:
-            small.append(companions.FOLDER)
+        small += writing.carry(staging, metadata)
         markers = [nxdt_files.MARKER, nxdt_files.DONE] if args.nxdt_markers else []
         for name in markers:
             staging.add(name, b"1")
