@@ -25,7 +25,7 @@ def fill(stage: Staging, *names: str, text: str = "new") -> None:
         path = Path(stage.path(name))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        stage.done(name, len(text), {"embeddings": {name: "crc32:0"}})
+        stage.done(name, len(text), lambda: {"embeddings": {name: [[0, 1, 0]]}})
 
 
 def fail(stage: Staging, error: BaseException) -> None:
@@ -150,7 +150,7 @@ def test_what_was_stopped_from_outside_can_be_continued(tmp_path: Path, error: B
     with staging(tmp_path / "out", resume=True) as stage:
         stage.begin(MARK, {"1.bin": 3, "2.bin": 3})
         assert stage.finished == {"1.bin": 3}
-        assert stage.digests == {"embeddings": {"1.bin": "crc32:0"}}
+        assert stage.digests == {"embeddings": {"1.bin": [[0, 1, 0]]}}
         fill(stage, "2.bin")
         stage.publish(["1.bin", "2.bin"], [])
     assert tree(tmp_path / "out") == {"1.bin": "new", "2.bin": "new"}

@@ -58,6 +58,14 @@ class Runs:
             self.runs.append([start, start + nbytes, crc])
 
 
+def merged(runs: Iterable[list[int]]) -> list[list[int]]:
+    """Byte runs [start, end, crc] in order, with those that touch made one. They must not overlap."""
+    found = Runs()
+    for start, end, crc in sorted(runs):
+        found.add(start, end - start, crc)
+    return found.runs
+
+
 def whole(runs: Iterable[list[int]], nbytes: int) -> int | None:
     """The CRC32 of bytes 0 to `nbytes` when `runs` cover them exactly once, else None."""
     position, crc = 0, 0

@@ -7,15 +7,16 @@ add their own, as their modules declare them. Nothing heavy is imported before i
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ckptconv import commands, dtypes, hub, numbers, oldcommands
+from ckptconv import commands, dtypes, hub, numbers, oldcommands, team
 from ckptconv.commands import plan
-from ckptconv.errors import CkptconvError, UsageError, near, notes
+from ckptconv.errors import CkptconvError, UsageError, near, notes, why
 
 if TYPE_CHECKING:
     from ckptconv.conversion import Report
@@ -34,7 +35,8 @@ sub-commands:
                       the command lines of Megatron-LLM's tools; --help after one of them lists its flags
 
 Flags of a loader or saver are listed when it is named: ckptconv --loader megatron_mcore --saver hf --help
-Exit codes: 0 done, 2 usage, 3 source, 4 protocol, 5 table, 6 layout, 7 target, 8 verification, 130 interrupted.
+Exit codes: 0 done, 1 anything else, 2 usage, 3 source, 4 protocol, 5 table, 6 layout, 7 target, 8 verification,
+130 interrupted; docs/errors.md explains them.
 """
 
 #: Flags of others' converters that say nothing here, and why.
@@ -48,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
     """Errors are UsageErrors, so that they look and exit like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise UsageError(f"{message}. {self.prog} --help lists all flags.")
 
 
 def parser() -> _Parser:
@@ -80,8 +82,8 @@ def parser() -> _Parser:
     add("--kv-channels", type=numbers.positive, metavar="N", help="numbers of a head; checked against what is found")
     add("--load-iters", type=numbers.natural, metavar="N", help="the older spelling of --iteration; 0 is the release")
     plan.add_arguments(made)
-    for flag, why in UNUSED.items():
-        add(flag, metavar="VALUE", help=f"accepted and not used: {why}")
+    for flag, reason in UNUSED.items():
+        add(flag, metavar="VALUE", help=f"accepted and not used: {reason}")
     add("--no-checking", action="store_false", dest="checking", help="do not check message names and unknown keys")
     add("--no-progress", action="store_false", dest="progress", help="no progress bar")
     add("-v", "--verbose", action="store_true", help="say more, with tracebacks")
@@ -118,7 +120,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Any, Any]:
             if getattr(known, name) is None:
                 raise UsageError(f"--{name.replace('_', '-')} is needed. ckptconv --help lists the flags.")
         unnamed = known.loader in ("auto", plugins.ANY_MEGATRON)
-        found = unnamed and ("hf" if model else plugins.detect(known.load_dir))
+        found = unnamed and ("hf" if model else plugins.detect(known.load_dir, "--load-dir"))
         loader_name = found or known.loader
         if loader_name == "megatron_llm" and known.saver == plugins.ANY_MEGATRON:
             known.saver = loader_name  # that is what its own tools call it
@@ -142,9 +144,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Any, Any]:
         raise UsageError(f"--hf-model-name {model}: loader {loader.name} reads no models of the hub. Use --loader hf.")
     _settle(args)
     if loader.ours and saver.ours:
-        for flag, why in UNUSED.items():
+        for flag, reason in UNUSED.items():
             if getattr(args, flag[2:].replace("-", "_")):
-                log.info("%s is accepted and not used: %s", flag, why)
+                log.info("%s is accepted and not used: %s", flag, reason)
     return args, loader, saver
 
 
@@ -165,7 +167,7 @@ def _settle(args: argparse.Namespace) -> None:
     """What follows from flags: one element type, log level."""
     asked = {name for name in ("bf16", "fp16") if getattr(args, name)} | ({args.dtype} - {"keep"})
     if len(asked) > 1:
-        raise UsageError(f"--dtype {args.dtype}, --bf16 and --fp16 contradict one another; give one of them.")
+        raise UsageError("--dtype, --bf16 and --fp16 contradict one another: give one of them.")
     args.dtype_name = dtypes.SHORT[asked.pop()] if asked else None
     if args.model_type:
         from ckptconv import families
@@ -173,14 +175,25 @@ def _settle(args: argparse.Namespace) -> None:
         families.model_type(args.model_type)
     if args.load_iters is not None and getattr(args, "iteration", None) is None:
         args.iteration = args.load_iters or "release"
-    args.log_level = logging.DEBUG if args.verbose else logging.INFO
+    args.log_level = _level(args.verbose)
+    seat = team.seat()
+    if seat and args.threads is None:
+        from ckptconv import engine
+
+        args.threads = max(1, engine.default_threads() // seat.here)
+
+
+def _level(verbose: bool) -> int:
+    """Of the processes of a job all but the first speak of errors only: they would say the same."""
+    seat = team.seat()
+    return logging.DEBUG if verbose else logging.ERROR if seat and seat.rank else logging.INFO
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     verbose = any(word in ("-v", "--verbose") for word in words)
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=_level(verbose), format="%(message)s", stream=sys.stderr)
     try:
         if words[:1] == ["plugins"]:
             return _plugins(words[1:])
@@ -189,6 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in commands.names():
             return _command(words[0], words[1:])
         words = oldcommands.translated(words, _Parser)
+        if words and words[0] != "convert" and not words[0].startswith("-"):
+            hint = near(words[0], ["convert", "plugins", "plan", *oldcommands.COMMANDS, *commands.names()])
+            raise UsageError(f"no command {words[0]!r}.{hint} ckptconv --help lists all.")
         return _convert(words[1:] if words[:1] == ["convert"] else words)
     except CkptconvError as error:
         log.debug("traceback:", exc_info=True)
@@ -199,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except OSError as error:
         log.debug("traceback:", exc_info=True)
-        _say(error, f"{error.filename or 'system'}: {error.strerror or error}.")
+        _say(error, f"{error.filename or 'system'}: {why(error)}")
         return CkptconvError.exit_code
 
 
@@ -216,7 +232,15 @@ def _convert(words: Sequence[str]) -> int:
 
 
 def converted(words: Sequence[str]) -> Report:
-    """Do what a command line of flags says, and tell what was done. Raises CkptconvError."""
+    """Do what a command line of flags says, and tell what was done. Raises CkptconvError.
+
+    Each of the processes that torchrun has started calls it, with the same words.
+    """
+    with team.joined() as members:
+        return _converted(words, members)
+
+
+def _converted(words: Sequence[str], members: team.Team | None) -> Report:
     args, loader, saver = parse(words)
     from ckptconv import conversion
 
@@ -226,17 +250,24 @@ def converted(words: Sequence[str]) -> Report:
         conversion.check_usage(args, loader)
         return plan.run(args, loader, saver)
     if args.mapping or args.json:
-        raise UsageError(f"{'--mapping' if args.mapping else '--json'}: is of a plan. Give --dry-run with it.")
+        raise UsageError("--mapping and --json show a plan: give --dry-run with them.")
     if loader.ours and saver.ours:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads would only spin: nothing is computed
-    if args.hub_model:
+    if members:
+        _check_team(loader, saver, members)
+    if args.hub_model and (members is None or members.rank == 0):
         conversion.check_target(args)
         args.load_dir = hub.fetch(
             args.hub_model, args.hf_revision, args.cache_dir, progress=args.progress
         )
+        if members:
+            members.say("fetched")
+    elif args.hub_model and members:
+        members.hear("fetched")
+        args.load_dir = hub.cached(args.hub_model, args.hf_revision, args.cache_dir)
     conversion.check_usage(args, loader)
     reader = _reader(saver) if args.verify else ""
-    report = conversion.run(loader, saver, args)
+    report = conversion.run(loader, saver, args, members)
     line = f"{report.seconds:.2f} s, peak memory {report.peak_memory / 2**20:.0f} MiB"
     if report.bytes:
         line = f"{report.bytes / 1e9:.3f} GB in {line}, {report.bytes / 1e6 / max(report.seconds, 1e-9):.0f} MB/s"
@@ -244,9 +275,25 @@ def converted(words: Sequence[str]) -> Report:
     if reader:
         from ckptconv import verify
 
-        count = verify.verify(args.save_dir, reader, report.saver["digests"], args.threads)
+        digests = report.saver["digests"]
+        if members and members.rank == 0:
+            members.say("digests", json.dumps(digests))
+        elif members:
+            digests = json.loads(members.hear("digests"))
+        count = verify.verify(args.save_dir, reader, digests, args.threads, members)
         log.info("verified: %d tensors read back from %s have the digests of what was sent", count, args.save_dir)
     return report
+
+
+def _check_team(loader: Any, saver: Any, members: team.Team) -> None:
+    """Raise UsageError for plugins that know nothing of several processes."""
+    for plugin in (loader, saver):
+        if not plugin.ours:
+            sends = "sends whole tensors, each of its processes all" if plugin is loader else "writes what it wants"
+            raise UsageError(
+                f"{plugin.kind} {plugin.name} on {members.ranks} ranks: it is of others and {sends}: the work cannot "
+                "be shared. Run it in one process, without torchrun."
+            )
 
 
 def _reader(saver: Any) -> str:
@@ -288,7 +335,9 @@ def _command(name: str, words: Sequence[str]) -> int:
 
 def loader_flags(loader: Any, words: Sequence[str]) -> argparse.Namespace:
     """What flags of a loader say, and those on how messages are checked. Raises UsageError."""
-    made = _Parser(prog=f"loader {loader.name}", add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    made = _Parser(
+        prog=f"ckptconv --loader {loader.name}", add_help=False, allow_abbrev=False, conflict_handler="resolve"
+    )
     common = {action.dest: action for action in parser()._actions}
     for name in ("checking", "queue_dialect"):
         made._add_action(common[name])

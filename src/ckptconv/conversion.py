@@ -18,15 +18,16 @@ import time
 import traceback
 import types
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from typing import Any
 
-from ckptconv import errors, measure, plugins, transport
+from ckptconv import errors, measure, plugins, together, transport
 from ckptconv.errors import CkptconvError, ProtocolError, UsageError
 from ckptconv.plugins import Plugin
-from ckptconv.staging import Staging, Stopped
+from ckptconv.staging import Staging, Stopped, is_wrong
+from ckptconv.team import Team
 
 log = logging.getLogger("ckptconv")
 
@@ -47,12 +48,17 @@ class Report:
 class _Saver:
     """The saver's process as the parent sees it."""
 
-    def __init__(self, plugin: Plugin, args: Namespace) -> None:
+    def __init__(self, plugin: Plugin, args: Namespace, team: Team | None = None) -> None:
         context = transport.context()
         resource_tracker.ensure_running()  # before the first semaphore, which it would remove if we were killed
         self.queue = context.Queue(maxsize=max(1, args.max_queue_size))
         self.returned = context.Queue()
         self._pipe, child = context.Pipe(duplex=False)
+        line = None
+        if team is not None:
+            asked, pipe = context.Pipe()
+            threading.Thread(target=together.serve, args=(asked, team), daemon=True).start()
+            line = together.Line(pipe, team.rank, team.ranks)
         self.failure: CkptconvError | None = None
         self.trace = ""
         self.notes: list[str] = []
@@ -60,7 +66,7 @@ class _Saver:
         self.ended = threading.Event()
         self._noticed = threading.Event()
         self._process = context.Process(
-            target=_child, args=(plugin.name, args, self.queue, self.returned, child, os.getpid()), name="saver"
+            target=_child, args=(plugin.name, args, self.queue, self.returned, child, os.getpid(), line), name="saver"
         )
         self._name = plugin.name
         # A Ctrl-C at this moment waits: the child must not get it before it can ignore it.
@@ -102,7 +108,7 @@ class _Saver:
         """Raise Stopped when the saver is gone."""
         if self.ended.is_set():
             self._noticed.set()
-            raise Stopped("the saver ended")
+            raise Stopped("the saver ended.")
 
     def stop(self, wrong: bool) -> None:
         """End the saver because the loader failed: ask, wait, then insist. `wrong`: there is nothing to continue."""
@@ -116,26 +122,36 @@ class _Saver:
                 self._process.kill()
                 self.ended.wait(GRACE)
 
-    def join(self) -> None:
-        """Wait for a saver that has everything."""
+    def join(self, alive: Callable[[], None] | None = None) -> None:
+        """Wait for a saver that has everything; `alive` raises when it waits in vain."""
         while not self.ended.wait(0.1):
-            pass
+            if alive:
+                alive()
         self._noticed.set()
 
 
-def run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
-    """Convert. Raises CkptconvError (of either side) or KeyboardInterrupt; the saver is gone afterwards."""
+def run(loader: Plugin, saver: Plugin, args: Namespace, team: Team | None = None) -> Report:
+    """Convert, with the other processes of a team if there is one.
+
+    Raises CkptconvError (of either side, or of another process) or KeyboardInterrupt; the saver is gone afterwards.
+    """
     with _interrupted_once():
-        return _run(loader, saver, args)
+        return _run(loader, saver, args, team)
 
 
-def _run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
+def _run(loader: Plugin, saver: Plugin, args: Namespace, team: Team | None) -> Report:
     started = time.monotonic()
-    process = _Saver(saver, args)
+    process = _Saver(saver, args, team) if team else _Saver(saver, args)
+
+    def alive() -> None:
+        if team:
+            team.check()
+        process.alive()
+
     memory = measure.Memory()  # not before: a Ctrl-C that another thread takes is not held back while the saver starts
     sender = transport.Sender(
         process.queue, process.returned, checking=args.checking, dtype=args.dtype_name,
-        loader=loader.name, memory=_budget(args, saver), alive=process.alive, model_type=args.model_type,
+        loader=loader.name, memory=_budget(args, saver), alive=alive, model_type=args.model_type,
         spoken=args.queue_dialect, kv_channels=args.kv_channels,
     )  # fmt: skip
     try:
@@ -144,12 +160,20 @@ def _run(loader: Plugin, saver: Plugin, args: Namespace) -> Report:
             raise ProtocolError(f"loader {loader.name}: gave up (it sent 'exit'); see what it printed above.")
         if not sender.finished:
             sender.put("done")
-        process.join()
+        process.join(alive=team.check if team else None)
         if process.failure:
             raise process.failure
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         saver_failed = process.failure is not None
-        process.stop(wrong=isinstance(error, CkptconvError))
+        if team:
+            team.fail(process.failure or error, is_wrong(process.failure or error))
+        elsewhere = team.failure if team else None
+        process.stop(wrong=elsewhere.wrong if elsewhere else isinstance(error, CkptconvError))
+        if team:
+            team.ended()
+        if elsewhere:
+            errors.annotate(elsewhere, process.notes)
+            raise elsewhere from None
         if saver_failed and process.failure:
             if process.trace:
                 log.debug("saver:\n%s", process.trace)
@@ -215,7 +239,9 @@ class Terminated(KeyboardInterrupt):
         super().__init__(f"stopped by {signal.Signals(number).name}")
 
 
-def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, parent: int) -> None:
+def _child(
+    name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, parent: int, line: together.Line | None
+) -> None:
     """The saver's process: run the plugin, report how it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too, and tells us
 
@@ -223,7 +249,7 @@ def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, par
         raise Terminated(number)
 
     def refused(number: int, frame: object) -> None:
-        raise ProtocolError("the loader failed")
+        raise ProtocolError("the loader failed.")
 
     signal.signal(signal.SIGTERM, terminated)
     signal.signal(signal.SIGUSR1, refused)
@@ -243,6 +269,8 @@ def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, par
         receiver = transport.Receiver(queue, returned, checking=args.checking, alive=alive,
                                       slices=saver.slices, most=args.max_memory,
                                       spoken=args.queue_dialect)  # fmt: skip
+        if line:
+            args.output = together.output(args, line)
         result = saver.run(receiver, args)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)  # it is done: only the report is left
@@ -255,6 +283,9 @@ def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, par
     except Terminated as error:
         _report(pipe, "note", errors.notes(error))
         _quit(queue, returned, 1)
+    except together.Elsewhere as error:
+        _report(pipe, "note", errors.notes(error))
+        _quit(queue, returned, 1)
     except CkptconvError as error:
         text = "\n".join([str(error), *errors.notes(error)])
         if isinstance(error, Stopped) or not _report(pipe, "error", (error.exit_code, text, traceback.format_exc())):
@@ -263,6 +294,10 @@ def _child(name: str, args: Namespace, queue: Any, returned: Any, pipe: Any, par
     except SystemExit as error:
         _report(pipe, "error", (1, f"saver {name} called exit({error.code}); see what it printed above.", ""))
         _quit(queue, returned, 1)
+    except OSError as error:
+        text = f"{error.filename or 'system'}: {errors.why(error)}"
+        _report(pipe, "error", (CkptconvError.exit_code, text, traceback.format_exc()))
+        _quit(queue, returned, CkptconvError.exit_code)
     except BaseException as error:
         # A bug, ours or a plugin's: it keeps its traceback.
         traceback.print_exc()

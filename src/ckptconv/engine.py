@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ckptconv import dtypes
-from ckptconv.checksum import Runs, crc32, whole
+from ckptconv.checksum import Runs, crc32, merged, whole
 from ckptconv.errors import TableError, TargetError
 from ckptconv.files import close_written, start_flushing, write_exactly
 from ckptconv.lazy import LazyTensor, as_bytes, blocks, matrix
@@ -77,7 +77,7 @@ class Output:
         for name, slot in self.plan.slots.items():
             crc = whole(self.runs.get(name, []), slot.nbytes)
             if crc is None:
-                raise TableError(f"{self.path}: {name} was not written exactly once")
+                raise TableError(f"{self.path}: {name} was not written exactly once.")
             crcs[name] = crc
         self.plan.finish(lambda offset, data: write_exactly(self.path, offset, data), crcs)
         close_written(self.path)
@@ -99,12 +99,16 @@ class Target:
 
 @dataclass
 class Job:
-    """One tensor with its targets. `digest_rows`: leading rows that count for the digest (padding does not)."""
+    """One tensor with its targets. What neither goes to a target nor counts for the digest is not read.
+
+    counted: spans of rows (first, end) that count for the digest, in order and apart (padding never counts);
+    on_digest: is given their byte runs, [start, end, crc] each, when all is done.
+    """
 
     tensor: LazyTensor
     targets: Sequence[Target]
-    digest_rows: int
-    on_digest: Callable[[int], None]
+    counted: Sequence[tuple[int, int]]
+    on_digest: Callable[[list[list[int]]], None]
     runs: list[list[int]] = field(default_factory=list)
     pending: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -172,7 +176,7 @@ class Engine:
             job.pending = len(own)
             units += own
             if not own:
-                job.on_digest(0)
+                job.on_digest([[0, 0, 0]] if job.counted else [])
         message.units = len(units)
         if not units:
             done()
@@ -249,14 +253,17 @@ class Engine:
         for row, count, targets in unit.blocks:
             if self._failure:
                 return
-            block = buffers.get(0, count, tensor.cols, tensor.dtype)
-            tensor.read(block, row, 0)
+            counts = any(start <= row < end for start, end in job.counted)
+            left = 0 if counts else min(t.col for t in targets)
+            right = tensor.cols if counts else max(t.col + t.cols for t in targets)
+            block = buffers.get(0, count, right - left, tensor.dtype)
+            tensor.read(block, row, left)
             crc = crc32(as_bytes(block))
-            if row < job.digest_rows:
+            if counts:
                 digest.add(row * row_bytes, count * row_bytes, crc)
             for t in targets:
                 runs = written.setdefault((id(t.output), t.slot), (t.output, t.slot, Runs()))[2]
-                _write(t, row, block, crc, runs, buffers)
+                _write(t, row, left, block, crc, runs, buffers)
             self._on_bytes(sum(count * t.cols for t in targets) * dtypes.size_of(tensor.dtype))
         for output, slot, runs in written.values():
             for start, end, _ in runs.runs:
@@ -271,10 +278,10 @@ class Engine:
             job.pending -= 1
             complete = not job.pending
         if complete:
-            value = whole(job.runs, job.digest_rows * row_bytes)
-            if value is None:
-                raise TableError("a tensor was not read exactly once")
-            job.on_digest(value)
+            found = merged(job.runs)
+            if [run[:2] for run in found] != [[start * row_bytes, end * row_bytes] for start, end in job.counted]:
+                raise TableError("a tensor was not read exactly once.")
+            job.on_digest(found)
         with self._state:
             unit.message.units -= 1
             last = not unit.message.units
@@ -287,13 +294,17 @@ def _units(job: Job, message: _Message) -> Iterator[_Unit]:
     begins: dict[int, list[Target]] = {}
     for target in job.targets:
         begins.setdefault(target.row, []).append(target)
-    edges = {job.digest_rows, *begins, *(t.row + t.rows for t in job.targets)}
+    edges = {row for span in job.counted for row in span} | {*begins, *(t.row + t.rows for t in job.targets)}
     row_bytes = job.tensor.cols * dtypes.size_of(job.tensor.dtype)
     active: list[Target] = []
+    counts = False
     unit: _Unit | None = None
     for row, count in blocks(job.tensor, BLOCK, sorted(edges)):
         if row in edges or row == 0:
             active = [t for t in active if row < t.row + t.rows] + begins.get(row, [])
+            counts = any(start <= row < end for start, end in job.counted)
+        if not active and not counts:
+            continue
         outputs = frozenset(id(t.output) for t in active)
         if unit is None or unit.outputs != outputs or unit.nbytes >= UNIT:
             if unit:
@@ -305,8 +316,8 @@ def _units(job: Job, message: _Message) -> Iterator[_Unit]:
         yield unit
 
 
-def _write(t: Target, row: int, block: Matrix, crc: int, runs: Runs, buffers: _Buffers) -> None:
-    """Write the part of a block, which begins at `row`, that belongs to `t`. `crc` is that of the whole block."""
+def _write(t: Target, row: int, left: int, block: Matrix, crc: int, runs: Runs, buffers: _Buffers) -> None:
+    """Write the part of a block at (row, left) that belongs to `t`. `crc` is that of the whole block."""
     count, cols = block.shape
     slot = t.output.plan.slots[t.slot]
     slot_cols, width = matrix(slot.seen or slot.shape)[1], block.itemsize
@@ -314,7 +325,7 @@ def _write(t: Target, row: int, block: Matrix, crc: int, runs: Runs, buffers: _B
     data = block
     if t.cols != cols:
         data = buffers.get(1, count, t.cols, block.dtype)
-        data[...] = block[:, t.col : t.col + t.cols]
+        data[...] = block[:, t.col - left : t.col - left + t.cols]
     base, view = t.output.plan.offsets[t.slot], as_bytes(data)
     if t.cols == slot_cols:
         start = slot_row * slot_cols * width

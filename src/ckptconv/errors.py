@@ -4,19 +4,20 @@
     |-- UsageError           2   flags, plugin names, combinations that make no sense
     |-- SourceError          3   the checkpoint that is read: missing, truncated, contradictory
     |-- ProtocolError        4   messages between loader and saver: names, order, keys, shapes, counts
-    |-- TableError           5   a family or format table that contradicts itself (a bug in a table)
+    |-- TableError           5   a family or format table that contradicts itself: a mistake in ckptconv
     |-- LayoutError          6   tp, pp, ... that do not divide the model
     |-- TargetError          7   what the target cannot express or the disk cannot take
     `-- VerifyError          8   what was written is not what was sent
 
-A message says where, what was found, what was expected and what to do, in one to three lines. Bugs are not
-wrapped: they keep their traceback.
+A message says where, what was found, what was expected and what to do, in one to three lines, as sentences. Bugs are
+not wrapped: they keep their traceback.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import re
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
@@ -52,6 +53,10 @@ class TableError(CkptconvError):
     exit_code = 5
 
 
+#: What is said below every TableError.
+REPORT = "This is a mistake in ckptconv, not yours: please report it with the command and the model's config.json."
+
+
 class LayoutError(CkptconvError):
     """Parallel sizes do not divide the model."""
 
@@ -85,7 +90,32 @@ def annotate(error: BaseException, lines: Iterable[str]) -> None:
 
 def notes(error: BaseException) -> list[str]:
     """Lines that belong below the message."""
-    return list(getattr(error, "__notes__", []))
+    said = list(getattr(error, "__notes__", []))
+    if isinstance(error, TableError) and REPORT not in "\n".join([str(error), *said]):
+        said.append(REPORT)
+    return said
+
+
+#: What one may do about what the system says.
+_WAYS = {
+    errno.ENOENT: "Is the path right?",
+    errno.ENOTDIR: "Is the path right?",
+    errno.EISDIR: "Give a file.",
+    errno.ELOOP: "The link leads back to itself: replace it.",
+    errno.EACCES: "Change its permissions, or run as another user.",
+    errno.EPERM: "Change its permissions, or run as another user.",
+    errno.EROFS: "Choose another place.",
+    errno.ENOSPC: "Free space there.",
+    errno.EDQUOT: "Free space there.",
+    errno.EMFILE: "Raise the limit: ulimit -n 4096.",
+    errno.EIO: "The disk, or the network it is on, may be failing.",
+    errno.ESTALE: "The disk, or the network it is on, may be failing.",
+}
+
+
+def why(error: OSError) -> str:
+    """What the system said, and what to do about it, as sentences."""
+    return " ".join(filter(None, (f"{error.strerror or error}.", _WAYS.get(error.errno or 0))))
 
 
 _tolerated: ContextVar[list[CkptconvError] | None] = ContextVar("tolerated", default=None)

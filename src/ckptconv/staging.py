@@ -16,18 +16,25 @@ import signal
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ckptconv import files
 from ckptconv.errors import CkptconvError, TargetError, UsageError, annotate, some
 from ckptconv.files import PARTIAL
+from ckptconv.shares import dealt
 
 _REPLACED = ".ckptconv-replaced"
 _JOURNAL, _LOCK = "journal.json", "lock"
+#: message -> key -> byte runs [start, end, crc] that have been read
+Digests = dict[str, dict[str, list[list[int]]]]
 #: Files after each of which the journal is written.
 _EACH = 256
+#: Journals of processes beside the first.
+JOURNALS = "journal-*.json"
+#: What a journal that is not one raises.
+DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 class Stopped(CkptconvError):
@@ -37,15 +44,12 @@ class Stopped(CkptconvError):
 class Staging:
     """One run's output. Use as a context manager: leaving it by an error removes or keeps the partial files."""
 
+    #: which process of how many this is
+    rank, ranks = 0, 1
+    journal = _JOURNAL
+
     def __init__(self, save_dir: str, *, overwrite: bool, resume: bool) -> None:
-        self.target = Path(save_dir)
-        self.partial = self.target / PARTIAL
-        self.finished: dict[str, int] = {}
-        self.digests: dict[str, dict[str, str]] = {}
-        self._fingerprint: Any = None
-        self._noted = 0.0
-        self._lock: int | None = None
-        self._begun = self._published = False
+        self._expect(save_dir)
         try:
             self._created = not os.path.lexists(self.target)
             interrupted = self.partial.is_dir()
@@ -67,14 +71,24 @@ class Staging:
             )
         self._resume = resume and interrupted
 
+    def _expect(self, save_dir: str) -> None:
+        self.target = Path(save_dir)
+        self.partial = self.target / PARTIAL
+        self.finished: dict[str, int] = {}
+        self.digests: Digests = {}
+        #: of the files that are still to be written, which process writes each
+        self.writers: dict[str, int] = {}
+        self._fingerprint: Any = None
+        self._noted = 0.0
+        self._lock: int | None = None
+        self._begun = self._published = False
+
     def __enter__(self) -> Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
         if error is not None and self._begun and not self._published:
-            # What was stopped from outside (a signal, a full disk) can be continued; what was wrong cannot.
-            wrong = isinstance(error, CkptconvError) and not isinstance(error, Stopped | TargetError)
-            if self.finished and not wrong:
+            if self.finished and not is_wrong(error):
                 with contextlib.suppress(TargetError):
                     self._note()
                 annotate(error, [
@@ -95,9 +109,10 @@ class Staging:
                 self.target.rmdir()
 
     def begin(self, fingerprint: dict[str, Any], planned: dict[str, int]) -> None:
-        """Prepare for `planned` files (relative name -> bytes). `fingerprint` says what makes two runs the same.
+        """Prepare for `planned` files (name -> bytes, in the order of the stream).
 
-        Raises UsageError when a run to resume was another one or still runs, TargetError when the disk is too small.
+        `fingerprint` says what makes two runs the same. Raises UsageError when a run to resume was another one or still
+        runs, TargetError when the disk is too small.
         """
         self._fingerprint = json.loads(json.dumps(fingerprint))
         try:
@@ -111,9 +126,14 @@ class Staging:
             free = shutil.disk_usage(self.partial).free
         except OSError as error:
             raise TargetError(f"{self.target}: cannot be made: {error.strerror}.") from error
-        needed = sum(size for name, size in planned.items() if name not in self.finished)
-        _check_room(self.target, needed, free)
+        missing = {name: size for name, size in planned.items() if name not in self.finished}
+        _check_room(self.target, sum(missing.values()), free)
+        self.writers = dealt(missing, self.ranks)
         self._note()
+
+    def settle(self, digests: Digests) -> Digests:
+        """Wait until all processes have written their files; what all of them have read."""
+        return digests
 
     def _hold(self) -> None:
         """Keep other runs out of this target until this process ends. Raises UsageError when one is in it."""
@@ -155,14 +175,19 @@ class Staging:
                 self.finished[name] = size
         self.digests = digests
 
-    def _journal(self) -> tuple[dict[str, int], dict[str, dict[str, str]], dict[str, Any]]:
-        """(finished files, digests, fingerprint) of the run to continue. Raises UsageError."""
+    def _journal(self) -> tuple[dict[str, int], Digests, dict[str, Any]]:
+        """(finished files, digests, fingerprint) of the run to continue, of all its processes. Raises UsageError."""
+        files: dict[str, int] = {}
+        known: Digests = {}
         try:
-            journal = json.loads((self.partial / _JOURNAL).read_text())
-            finished = {str(name): int(size) for name, size in journal["finished"].items()}
-            digests = {str(m): {str(k): str(v) for k, v in keys.items()} for m, keys in journal["digests"].items()}
-            return finished, digests, dict(journal["fingerprint"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            for path in (self.partial / _JOURNAL, *sorted(self.partial.glob(JOURNALS))):
+                finished, digests, fingerprint = read_journal(path.read_bytes())
+                files |= finished
+                add_digests(known, digests)
+                if path.name == _JOURNAL:
+                    begun = fingerprint
+            return files, known, dict(begun)
+        except (OSError, *DAMAGED) as error:
             raise UsageError(
                 f"{self.partial}: has no readable journal, so it cannot be resumed. Give --overwrite to start again."
             ) from error
@@ -175,19 +200,19 @@ class Staging:
         """Where the file called `name` (relative to the target) is collected."""
         return str(self.partial / name)
 
-    def done(self, name: str, size: int, digests: dict[str, dict[str, str]]) -> None:
+    def done(self, name: str, size: int, digests: Callable[[], Digests]) -> None:
         """Note that a file is complete and flushed, and the digests known so far."""
         self.finished[name] = size
-        self.digests = digests
         # The journal lists all finished files: with thousands of small ones, once a second is often enough.
         if len(self.finished) <= _EACH or time.monotonic() - self._noted > 1:
+            self.digests = digests()
             self._note()
 
-    def _note(self) -> None:
+    def _note(self, durable: bool = False) -> None:
         self._noted = time.monotonic()
         text = json.dumps({"fingerprint": self._fingerprint, "finished": self.finished, "digests": self.digests})
-        # Not flushed: what it says of files is true, they are; and each flush would make the disk wait.
-        _write(self.partial / _JOURNAL, text.encode(), durable=False)
+        # Seldom flushed: what it says of files is true, they are; and each flush would make the disk wait.
+        _write(self.partial / self.journal, text.encode(), durable)
 
     def add(self, name: str, data: bytes) -> None:
         """A small file."""
@@ -279,9 +304,36 @@ class Draft(Staging):
 
 
 def staged(args: Namespace) -> Staging:
-    """The output of a run, as its flags have it; a Draft where args has one."""
-    draft = getattr(args, "draft", None)
-    return draft or Staging(args.save_dir, overwrite=args.overwrite, resume=args.resume)
+    """The output of a run, as its flags have it; the one that args has where there is one."""
+    output = getattr(args, "output", None)
+    return output or Staging(args.save_dir, overwrite=args.overwrite, resume=args.resume)
+
+
+def is_wrong(error: BaseException) -> bool:
+    """Whether there is nothing to continue. What was stopped from outside (a signal, a full disk) can be continued."""
+    known = isinstance(error, CkptconvError) and not isinstance(error, Stopped | TargetError)
+    return known and type(error) is not CkptconvError
+
+
+def read_journal(data: bytes) -> tuple[dict[str, int], Digests, dict[str, Any]]:
+    """(finished files, digests, fingerprint). Raises what damaged JSON raises."""
+    journal = json.loads(data)
+    finished = {str(name): int(size) for name, size in journal["finished"].items()}
+    digests = {
+        str(message): {str(key): [[int(n) for n in run] for run in runs] for key, runs in keys.items()}
+        for message, keys in journal["digests"].items()
+    }
+    if not all(len(run) == 3 for keys in digests.values() for runs in keys.values() for run in runs):
+        raise ValueError("a run of bytes has a start, an end and a checksum")
+    return finished, digests, dict(journal["fingerprint"])
+
+
+def add_digests(known: Digests, more: Digests) -> None:
+    """Add what another process has read; what both know counts once."""
+    for message, keys in more.items():
+        for key, runs in keys.items():
+            there = known.setdefault(message, {}).setdefault(key, [])
+            there += [run for run in runs if run not in there]
 
 
 @contextlib.contextmanager

@@ -14,18 +14,20 @@ import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ckptconv import companions, dtypes, lazy
-from ckptconv.checksum import whole
+from ckptconv.checksum import crc32, merged, whole
 from ckptconv.engine import Engine, Job, Output, Target, default_threads
-from ckptconv.errors import ProtocolError, SourceError
+from ckptconv.errors import ProtocolError, SourceError, TableError
 from ckptconv.lazy import Assembly, LazyTensor, Literal, Piece, Zeros
 from ckptconv.messages import Expected, expected
 from ckptconv.metadata import Metadata
 from ckptconv.ops import Tile
+from ckptconv.shares import Span, counted
 from ckptconv.staging import Draft, Staging
 from ckptconv.transport import Receiver, Wire
 
@@ -91,38 +93,28 @@ def write(
     also by message: which tensors a reader gets back otherwise than they came, and how; their digests are of that.
     Raises CkptconvError of any kind.
     """
-    staging.begin(fingerprint, {name: plan.size for name, plan in plans.items()})
+    order = in_order(plans, routes, builds, metadata)
+    staging.begin(fingerprint, {name: plans[name].size for name in order})
     if isinstance(staging, Draft):
-        staging.plan = Plan(plans, routes, fills, builds)
+        staging.plan = Plan({name: plans[name] for name in order}, routes, fills, builds)
         unknown = {message.name: dict.fromkeys(message.shapes, _UNKNOWN) for message in expected(metadata.spec)}
         return Written(sum(plan.size for plan in plans.values()), unknown)
-    outputs = {name: Output(staging.path(name), plan) for name, plan in plans.items() if name not in staging.finished}
+    mine = [name for name in order if staging.writers.get(name) == staging.rank]
+    outputs = {name: Output(staging.path(name), plans[name]) for name in mine}
     names = {id(output): name for name, output in outputs.items()}
     for output in outputs.values():
         output.create()
-    digests: dict[str, dict[str, str]] = {m: dict(keys) for m, keys in staging.digests.items()}
-    lock = threading.Lock()
-
-    def finished(output: Output) -> None:
-        with lock:
-            known = {message: dict(keys) for message, keys in digests.items()}
-        staging.done(names[id(output)], output.plan.size, known)
-
-    parts: dict[tuple[str, str], list[list[int]]] = {}  # checksums of slices
-
-    def digest(message: str, key: str, nbytes: int, start: int, size: int, crc: int) -> None:
-        with lock:
-            runs = parts.setdefault((message, key), [])
-            runs.append([start, start + size, crc])
-            value = whole(runs, nbytes)
-            if value is not None:
-                digests.setdefault(message, {})[key] = f"crc32:{value:08x}"
-
+    digests = Digests(metadata, staging.digests)
+    digests.drop_partial()  # other processes may share them otherwise now
     bar = _Bar(sum(output.data_bytes for output in outputs.values()), args.progress)
     flight = threading.Semaphore(IN_FLIGHT)
+
+    def finished(output: Output) -> None:
+        staging.done(names[id(output)], output.plan.size, digests.runs)
+
     with bar, Engine(args.threads or default_threads(), finished, bar.add) as engine:
         for tensor, route in fills:
-            engine.submit([Job(tensor, _targets(route, outputs), 0, _nothing)])
+            engine.submit([Job(tensor, _targets(route, outputs), (), _nothing)])
         for want, tensors, wires in _gathered(receiver.messages(), builds):
             while not flight.acquire(timeout=0.2):
                 engine.check()
@@ -130,27 +122,84 @@ def write(
             jobs = []
             changed = reread[want.name](tensors) if want.name in reread else {}
             for key, tensor in {**tensors, **changed}.items():
-                job = _job(want, key, tensor, routes, outputs, args, digest)
-                if job.targets or key not in digests.get(want.part_of, {}):
-                    jobs.append(job)
+                if (want.part_of, key) not in routes:
+                    raise ProtocolError(f"message {want.name!r}: nothing is planned for {key!r}.")
+                way = routes[want.part_of, key]
+                spans = _counted(want, tensor, way, builds, staging)
+                jobs.append(_job(want, key, tensor, way, outputs, args, spans, digests))
             for build in builds.get(want.name, ()):
                 if build.file in outputs:
                     made = build.make(tensors)
                     all_of_it = Tile(0, 0, 0, 0, 0, made.rows, made.cols)
                     target = Route([(build.file, build.slot, all_of_it)])
-                    jobs.append(Job(made, _targets(target, outputs), 0, _nothing))
+                    jobs.append(Job(made, _targets(target, outputs), (), _nothing))
 
             def settle(wires: list[Wire] = wires) -> None:
                 for wire in wires:
                     receiver.release(wire)
                 flight.release()
 
-            engine.submit(jobs, settle)
+            engine.submit([job for job in jobs if job.targets or job.counted], settle)
         engine.drain()
     _check_unchanged(metadata)
-    total = sum(plan.size for plan in plans.values())
-    ordered = {m.name: {key: digests[m.name][key] for key in m.shapes} for m in expected(metadata.spec)}
-    return Written(total, ordered)
+    digests = Digests(metadata, staging.settle(digests.runs()))
+    return Written(sum(plan.size for plan in plans.values()), digests.texts() if staging.rank == 0 else {})
+
+
+def in_order(
+    plans: Iterable[str], routes: Routes, builds: Mapping[str, Sequence[Build]], metadata: Metadata
+) -> list[str]:
+    """Files in the order in which the stream reaches them; those that only zeros go to come last."""
+    found: dict[str, None] = {}
+    for message in expected(metadata.spec):
+        here = {file for key in message.shapes for file, _, _ in routes.get((message.name, key), Route()).targets}
+        here |= {build.file for build in builds.get(message.name, ())}
+        found |= dict.fromkeys(sorted(here - found.keys()))
+    return [*found, *sorted(set(plans) - found.keys())]
+
+
+class Digests:
+    """Checksums of the stream's tensors, of which bytes may come in any order and from several processes."""
+
+    def __init__(self, metadata: Metadata, runs: Mapping[str, Mapping[str, list[list[int]]]]) -> None:
+        self._sizes = {
+            (message.name, key): prod(shape) * dtypes.size_of(metadata.dtype(message.name, key))
+            for message in expected(metadata.spec) for key, shape in message.shapes.items()
+        }  # fmt: skip
+        self._lock = threading.Lock()
+        self._runs = {(m, key): merged(found) for m, keys in runs.items() for key, found in keys.items()}
+
+    def known(self, message: str, key: str) -> bool:
+        """Whether all of a tensor has been read."""
+        return whole(self._runs.get((message, key), ()), self._sizes[message, key]) is not None
+
+    def drop_partial(self) -> None:
+        """Forget tensors that have been read in part."""
+        self._runs = {one: runs for one, runs in self._runs.items() if one in self._sizes and self.known(*one)}
+
+    def add(self, message: str, key: str, start: int, runs: list[list[int]]) -> None:
+        """Note byte runs [first, end, crc], counted from `start` of the tensor."""
+        with self._lock:
+            moved = [[start + first, start + end, crc] for first, end, crc in runs]
+            self._runs[message, key] = merged([*self._runs.get((message, key), ()), *moved])
+
+    def runs(self) -> dict[str, dict[str, list[list[int]]]]:
+        """Message -> key -> what is known."""
+        with self._lock:
+            found: dict[str, dict[str, list[list[int]]]] = {}
+            for (message, key), runs in self._runs.items():
+                found.setdefault(message, {})[key] = runs
+            return found
+
+    def texts(self) -> dict[str, dict[str, str]]:
+        """Message -> key -> digest, in the order of the stream. Raises TableError when one is not known."""
+        found: dict[str, dict[str, str]] = {}
+        for (message, key), nbytes in self._sizes.items():
+            value = whole(self._runs.get((message, key), ()), nbytes)
+            if value is None:
+                raise TableError(f"message {message!r}: {key!r} was not read exactly once.")
+            found.setdefault(message, {})[key] = f"crc32:{value:08x}"
+        return found
 
 
 def _gathered(
@@ -181,7 +230,7 @@ def _joined(layer: Expected, wires: Sequence[Wire]) -> dict[str, LazyTensor]:
     return {key: tensors[key] for key in layer.shapes}
 
 
-def _nothing(crc: int) -> None:
+def _nothing(runs: list[list[int]]) -> None:
     """What is not in the stream has no digest."""
 
 
@@ -196,24 +245,36 @@ def _check_unchanged(metadata: Metadata) -> None:
             raise SourceError(f"{path}: was changed while it was read. Convert again when nothing writes to it.")
 
 
+def _counted(
+    want: Expected, tensor: LazyTensor, route: Route, builds: Mapping[str, Sequence[Build]], staging: Staging
+) -> list[Span]:
+    """The rows of a message's tensor that this process digests; with slices of experts, those of the whole layer."""
+    rows = tensor.rows * want.num_experts // len(want.experts) if want.experts else tensor.rows
+    if staging.ranks == 1:
+        return [(0, rows)]
+    writers = staging.writers
+    targets = [(writers[file], (tile.row, tile.row + tile.rows)) for file, _, tile in route.targets if file in writers]
+    others = [writers[build.file] for build in builds.get(want.part_of, ()) if build.file in writers]
+    return counted(rows, targets, others or [crc32(want.part_of.encode()) % staging.ranks], staging.rank)
+
+
 def _job(
-    want: Expected, key: str, tensor: LazyTensor, routes: Routes, outputs: dict[str, Output], args: Namespace,
-    digest: Callable[[str, str, int, int, int, int], None],
+    want: Expected, key: str, tensor: LazyTensor, route: Route, outputs: dict[str, Output], args: Namespace,
+    spans: list[Span], digests: Digests,
 ) -> Job:  # fmt: skip
     """The work of one tensor: padded, with the targets that are not finished yet."""
-    route = routes.get((want.part_of, key))
-    if route is None:
-        raise ProtocolError(f"message {want.name!r}: nothing is planned for {key!r}.")
     rows = tensor.rows
     if route.rows is not None and route.rows > tensor.shape[0]:
         tensor = padded(tensor, route.rows, args.pad_vocab)
-    size, start, targets = rows * tensor.cols * dtypes.size_of(tensor.dtype), 0, _targets(route, outputs)
-    nbytes = size
-    if want.experts:  # of each expert as many rows and bytes
-        start, nbytes = (n * size // len(want.experts) for n in (want.experts.start, want.num_experts))
+    first, targets = 0, _targets(route, outputs)
+    if want.experts:  # of each expert as many rows
         first = want.experts.start * rows // len(want.experts)
         targets = [part for target in targets if (part := _within(target, first, rows))]
-    return Job(tensor, targets, rows, lambda crc: digest(want.part_of, key, nbytes, start, size, crc))
+        spans = [(max(0, a - first), min(rows, b - first)) for a, b in spans if a < first + rows and b > first]
+    start = first * tensor.cols * dtypes.size_of(tensor.dtype)
+    if digests.known(want.part_of, key):
+        spans = []
+    return Job(tensor, targets, spans, lambda runs: digests.add(want.part_of, key, start, runs))
 
 
 def _within(target: Target, first: int, rows: int) -> Target | None:

@@ -63,7 +63,7 @@ def run(args: Namespace, loader: Plugin, saver: Plugin) -> Report:
     if not saver.ours:
         raise UsageError(f"plan: saver {saver.name} is of others: what it writes is only known when it has written it.")
     began, memory = time.monotonic(), measure.Memory()
-    args.draft = draft = Draft(args.save_dir, overwrite=args.overwrite, resume=args.resume)
+    args.output = draft = Draft(args.save_dir, overwrite=args.overwrite, resume=args.resume)
     holdings: Holdings | None = None
     sending = loader
     if loader.ours:
