@@ -32,6 +32,19 @@ ADVICE = {
 }  # fmt: skip
 
 
+#: What is said and not listed, and why.
+ELSEWHERE = (
+    "what Python's argparse says of flags (`expected one argument`, `invalid choice`): it names the flag;",
+    "the detail in brackets of a damaged file (`the pickle is damaged near its byte 12 (EOFError: ...)`): the way out "
+    "is the same for all of them;",
+    "what the system says of a file, behind its path (`Permission denied`), with exit code 1 where nothing else fits;",
+    "what loaders and savers of others say, the Hugging Face hub, and the libraries of tokenizers: their words are "
+    "passed on;",
+    "mistakes in ckptconv itself, which end with a traceback and exit code 1: please report them;",
+    "what `python -m ckptconv.testing` finds wrong with a plugin: it prints a report;",
+    "warnings and notes, after which the conversion goes on.",
+)
+
 #: Tables of reasons: rows that end with a sentence.
 TABLES = ("REFUSALS", "CUSTOM", "UNSUPPORTED")
 #: Methods that show what they are called on.
@@ -80,6 +93,7 @@ def page() -> str:
         listed.setdefault(module, []).append(text)
     for module, texts in listed.items():
         lines += ["", f"`{module}`: {_summary(SOURCE / module)}", "", *(f"- {text}" for text in dict.fromkeys(texts))]
+    lines += ["", "## What is not on this page", "", *(f"- {what}" for what in ELSEWHERE)]
     return "\n".join(lines) + "\n"
 
 
@@ -88,14 +102,48 @@ def found() -> Iterator[Refusal]:
     trees = _trees()
     codes, constants = _codes(list(trees.values())), _constants(list(trees.values()))
     for path, tree in trees.items():
+        makers = _makers(tree, codes)
         for scope in _scopes(tree):
             names = constants | _constants([tree]) | _assigned(scope)
             for call in _calls(scope):
-                name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+                name, given = _called(call), names
+                if name in makers and makers[name].function is not scope:
+                    made = makers[name]
+                    given = names | {key: [value] for key, value in zip(made.parameters, call.args, strict=False)}
+                    name, call = _called(made.call), made.call
+                elif any(made.function is scope for made in makers.values()):
+                    continue
                 if name in codes and call.args:
-                    text = _shown(call.args[0], names)
+                    text = _shown(call.args[0], given)
+                    if name == ARGUMENT:
+                        text = _marked("argument <flag>: ") + text + "."
                     if _says(text):
                         yield Refusal(codes[name], str(path.relative_to(SOURCE)), text)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """A function that makes an error of a few words: `raise self.error("a field of no kind")`."""
+
+    function: ast.AST
+    parameters: list[str]
+    call: ast.Call
+
+
+def _called(call: ast.Call) -> str:
+    return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+
+
+def _makers(tree: ast.Module, codes: dict[str, int]) -> dict[str, _Maker]:
+    """Name -> function of a module that returns an error and takes the words of it."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and getattr(node.returns, "id", "") in codes:
+            parameters = [argument.arg for argument in node.args.args if argument.arg != "self"]
+            call = next((call for call in _calls(node) if _called(call) in codes), None)
+            if parameters and call is not None:
+                found[node.name] = _Maker(node, parameters, call)
+    return found
 
 
 def reasons() -> Iterator[tuple[str, str]]:
@@ -239,6 +287,8 @@ def _placeholder(node: ast.expr, names: dict[str, list[ast.expr]]) -> str:
         called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
         if called == "near":
             return " [Did you mean '<near name>'?]"
+        if called == "why":
+            return "<what the system says>."
         if called in ("len", "sum"):
             return "<number>"
         inner = node.args[called in ("map", "filter")] if node.args else getattr(node.func, "value", None)

@@ -25,7 +25,7 @@ def fill(stage: Staging, *names: str, text: str = "new") -> None:
         path = Path(stage.path(name))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        stage.done(name, len(text), lambda: {"embeddings": {name: [[0, 1, 0]]}})
+        stage.done(name, len(text), lambda name=name: {"embeddings": {name: [[0, 1, 0]]}})
 
 
 def fail(stage: Staging, error: BaseException) -> None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ckptconv import commands, dtypes, hub, numbers, oldcommands, team
+from ckptconv import commands, dtypes, files, hub, numbers, oldcommands, team
 from ckptconv.commands import plan
 from ckptconv.errors import CkptconvError, UsageError, near, notes, why
 
@@ -80,6 +80,8 @@ def parser() -> _Parser:
     add("--queue-dialect", choices=("auto", "megatron", "megatron_llm"), default="auto",
         help="what plugins of others say on the queue: Megatron-LM's messages or those of Megatron-LLM (default: seen)")
     add("--kv-channels", type=numbers.positive, metavar="N", help="numbers of a head; checked against what is found")
+    add("--iterations", metavar="all|N,N,...", help="convert many iterations of a run, each complete or absent; those "
+        "that are there already are skipped")
     add("--load-iters", type=numbers.natural, metavar="N", help="the older spelling of --iteration; 0 is the release")
     plan.add_arguments(made)
     for flag, reason in UNUSED.items():
@@ -114,6 +116,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Any, Any]:
     model: str | None = None
     helping = len(first) != len(argv)
     try:
+        files.refuse_remote(known.load_dir, "--load-dir")
+        files.refuse_remote(known.save_dir, "--save-dir")
         model = hub.named(known)
         known.load_dir = _source(known.load_dir or model)
         for name in ("saver", "load_dir", "save_dir"):
@@ -241,16 +245,50 @@ def converted(words: Sequence[str]) -> Report:
 
 
 def _converted(words: Sequence[str], members: team.Team | None) -> Report:
+    made = parser()
+    known, _ = made.parse_known_args(_spelled([word for word in words if word not in ("-h", "--help")], made))
+    if known.iterations is None:
+        return _one(words, members)
+    from ckptconv import iterations
+
+    files.refuse_remote(known.save_dir, "--save-dir")
+    for name in ("saver", "load_dir", "save_dir"):
+        if getattr(known, name) is None:
+            raise UsageError(f"--iterations: --{name.replace('_', '-')} is needed.")
+    if known.dry_run:
+        raise UsageError("--iterations: a plan is of one of them; give --iteration N, or --load-dir of one.")
+
+    def convert(load_dir: str, number: int, work: str) -> Report:
+        return _one([*words, "--load-dir", load_dir], None, number, work)
+
+    return iterations.run(known, words, convert, members)
+
+
+def _one(
+    words: Sequence[str], members: team.Team | None, iteration: int | None = None, work: str | None = None
+) -> Report:
+    """One conversion. iteration, work: the one to convert of many, and where it is collected."""
     args, loader, saver = parse(words)
     from ckptconv import conversion
 
+    if work is not None:
+        if not saver.ours:
+            raise UsageError(f"--iterations: saver {saver.name} is of others and writes where it wants to. Convert one "
+                             "iteration at a time, each to a directory of its own.")  # fmt: skip
+        if getattr(args, "iteration", None) is not None:
+            raise UsageError("--iterations and --iteration contradict one another; give one of them.")
+        args.work_dir, args.iteration, args.overwrite = work, iteration, not args.resume
+    if args.dry_run and members:
+        if members.rank:
+            return conversion.Report()
+        args.ranks = args.ranks or members.ranks
     if args.dry_run:
         if args.hub_model:
             args.load_dir = hub.cached(args.hub_model, args.hf_revision, args.cache_dir)
         conversion.check_usage(args, loader)
         return plan.run(args, loader, saver)
-    if args.mapping or args.json:
-        raise UsageError("--mapping and --json show a plan: give --dry-run with them.")
+    if args.mapping or args.json or args.ranks:
+        raise UsageError("--mapping, --json and --ranks show a plan: give --dry-run with them.")
     if loader.ours and saver.ours:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads would only spin: nothing is computed
     if members:
@@ -271,6 +309,8 @@ def _converted(words: Sequence[str], members: team.Team | None) -> Report:
     line = f"{report.seconds:.2f} s, peak memory {report.peak_memory / 2**20:.0f} MiB"
     if report.bytes:
         line = f"{report.bytes / 1e9:.3f} GB in {line}, {report.bytes / 1e6 / max(report.seconds, 1e-9):.0f} MB/s"
+    if members:
+        line += f" in rank 0 of {members.ranks}"
     log.info("%s -> %s: %s", loader.name, saver.name, line)
     if reader:
         from ckptconv import verify
@@ -280,7 +320,7 @@ def _converted(words: Sequence[str], members: team.Team | None) -> Report:
             members.say("digests", json.dumps(digests))
         elif members:
             digests = json.loads(members.hear("digests"))
-        count = verify.verify(args.save_dir, reader, digests, args.threads, members)
+        count = verify.verify(work or args.save_dir, reader, digests, args.threads, members)
         log.info("verified: %d tensors read back from %s have the digests of what was sent", count, args.save_dir)
     return report
 

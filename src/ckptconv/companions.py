@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ckptconv.errors import SourceError
+from ckptconv.errors import SourceError, why
 
 CONFIG = "config.json"
 #: The folder beside the weights of another format in which they are kept.
@@ -39,16 +39,22 @@ def is_tokenizer(name: str) -> bool:
     return name.startswith(_TOKENIZER) or name.endswith(".tiktoken") or name == "tiktoken.model"
 
 
+def read(path: str | os.PathLike[str]) -> bytes:
+    """What a small file holds. Raises SourceError naming it."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {why(error)}") from error
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A JSON object from a file. Raises SourceError naming it."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}.") from error
+        data = json.loads(read(path).decode())
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: is not JSON ({error}). Fetch or copy it again.") from error
     if not isinstance(data, dict):
-        raise SourceError(f"{path}: holds a JSON {type(data).__name__}, expected an object.")
+        raise SourceError(f"{path}: holds a JSON {type(data).__name__}, expected an object. Is it the right file?")
     return data
 
 

@@ -27,7 +27,7 @@ from ckptconv import errors, measure, plugins, together, transport
 from ckptconv.errors import CkptconvError, ProtocolError, UsageError
 from ckptconv.plugins import Plugin
 from ckptconv.staging import Staging, Stopped, is_wrong
-from ckptconv.team import Team
+from ckptconv.team import Team, deaf
 
 log = logging.getLogger("ckptconv")
 
@@ -77,6 +77,8 @@ class _Saver:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         child.close()
+        if line:
+            pipe.close()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -141,6 +143,7 @@ def run(loader: Plugin, saver: Plugin, args: Namespace, team: Team | None = None
 
 def _run(loader: Plugin, saver: Plugin, args: Namespace, team: Team | None) -> Report:
     started = time.monotonic()
+    _check_memory(args, loader, saver)
     process = _Saver(saver, args, team) if team else _Saver(saver, args)
 
     def alive() -> None:
@@ -165,12 +168,13 @@ def _run(loader: Plugin, saver: Plugin, args: Namespace, team: Team | None) -> R
             raise process.failure
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         saver_failed = process.failure is not None
-        if team:
-            team.fail(process.failure or error, is_wrong(process.failure or error))
-        elsewhere = team.failure if team else None
-        process.stop(wrong=elsewhere.wrong if elsewhere else isinstance(error, CkptconvError))
-        if team:
-            team.ended()
+        with deaf() if team else contextlib.nullcontext():
+            if team:
+                team.fail(process.failure or error, is_wrong(process.failure or error))
+            elsewhere = team.failure if team else None
+            process.stop(wrong=elsewhere.wrong if elsewhere else isinstance(error, CkptconvError))
+            if team:
+                team.ended()
         if elsewhere:
             errors.annotate(elsewhere, process.notes)
             raise elsewhere from None
@@ -194,6 +198,16 @@ OURS, WITH_TORCH = 96 << 20, 384 << 20
 def room(args: Namespace, saver: Plugin) -> int:
     """Bytes that a saver's process holds for itself."""
     return OURS if saver.ours and not args.dtype_name else WITH_TORCH
+
+
+def _check_memory(args: Namespace, loader: Plugin, saver: Plugin) -> None:
+    """Raise UsageError for a --max-memory that two processes without any tensor do not keep."""
+    needed = measure.resident() + room(args, saver)
+    if loader.ours and saver.ours and args.max_memory is not None and args.max_memory < needed:
+        raise UsageError(
+            f"--max-memory: {args.max_memory / 1e6:.0f} MB, but the processes hold up to {needed / 1e6:.0f} MB "
+            "themselves. Give at least as much."
+        )
 
 
 def _budget(args: Namespace, saver: Plugin) -> transport.Budget:

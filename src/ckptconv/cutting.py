@@ -7,7 +7,7 @@ from functools import partial
 
 from ckptconv.containers.plan import Slot
 from ckptconv.containers.rankdir import Rank
-from ckptconv.errors import TargetError
+from ckptconv.errors import TableError, TargetError
 from ckptconv.lazy import Assembly, LazyTensor, Piece, Zeros
 from ckptconv.messages import expected
 from ckptconv.metadata import Metadata
@@ -40,7 +40,9 @@ def slots(placements: Iterable[Placement], metadata: Metadata) -> dict[tuple[int
         for ep_rank in placement.ep_ranks:
             there = found.setdefault((placement.stage, ep_rank), {}).setdefault(placement.chunk, {})
             if placement.name in there:
-                raise TargetError(f"stage {placement.stage}: {placement.name} is planned twice")
+                raise TableError(
+                    f"stage {placement.stage}: {placement.name} is planned twice, expected once for each name."
+                )
             there[placement.name] = slot
     return found
 

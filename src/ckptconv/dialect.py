@@ -151,7 +151,9 @@ class Fields(Namespace):
         """From now on all is said in this dialect. Raises ProtocolError for a model that it cannot express."""
         reasons = refusals(self._metadata.spec)
         if reasons:
-            raise ProtocolError(f"the queue protocol of Megatron-LLM cannot express this model: {some(reasons)}.")
+            raise ProtocolError(
+                f"the queue protocol of Megatron-LLM cannot express this model: {some(reasons)}. Use another saver."
+            )
         self.spoken = True
         vars(self).update(self._own)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from ckptconv.errors import SourceError, TargetError
+from ckptconv.errors import SourceError, TargetError, UsageError, why
 
 #: The folder of a target in which an unfinished conversion is collected.
 PARTIAL = ".ckptconv-partial"
@@ -23,6 +24,15 @@ def refuse_partial(directory: str | os.PathLike[str]) -> None:
     """Raise SourceError when a source is what an interrupted conversion has left."""
     if PARTIAL in os.path.abspath(directory).split(os.sep):
         raise SourceError(f"{directory}: is part of an interrupted conversion. Complete it first with --resume.")
+
+
+def refuse_remote(place: str | None, flag: str = "") -> None:
+    """Raise UsageError for the address of an object store: weights are read and written at any offset of a file."""
+    if place is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place):
+        raise UsageError(
+            f"{flag} {place}: is an address, expected a directory. Mount it as a file system, or copy it to a disk: "
+            "docs/torchrun.md says why.".lstrip()
+        )
 
 
 def _kept() -> int:
@@ -94,7 +104,7 @@ def read_exactly(path: str, offset: int, out: memoryview) -> None:
                     )
                 out, offset = out[count:], offset + count
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise SourceError(f"{path}: cannot be read: {why(error)}") from error
 
 
 def read_bytes(path: str, offset: int, count: int) -> bytes:
@@ -134,8 +144,8 @@ def close_written(path: str, durable: bool = True) -> None:
         _writing.forget(path)
     except OSError as error:
         raise TargetError(
-            f"{path}: cannot be flushed: {error.strerror}. Is the disk full or failing? Nothing there has been made to "
-            "look complete."
+            f"{path}: cannot be flushed: {error.strerror}. "
+            "Is the disk full or failing? Nothing there has been made to look complete."
         ) from error
 
 

@@ -98,7 +98,7 @@ class Stream:
 
     def _reader_alive(self) -> None:
         if self._over.is_set():
-            raise Stopped("nobody takes messages any more")
+            raise Stopped("nobody takes messages any more.")
 
     def _loader_alive(self) -> None:
         """Called while there is nothing to take."""

@@ -77,7 +77,7 @@ class LazyTensor:
     def seen(self, shape: Shape) -> LazyTensor:
         """The same elements, row by row, in another shape."""
         if prod(shape) != prod(self.shape):
-            raise TableError(f"a {type(self).__name__} of shape {list(self.shape)} cannot be seen as {list(shape)}")
+            raise TableError(f"a {type(self).__name__} of shape {list(self.shape)} cannot be seen as {list(shape)}.")
         return Reshaped(self, shape)
 
     def narrow_rows(self, start: int, length: int) -> LazyTensor:
@@ -282,13 +282,13 @@ class Assembly(LazyTensor):
     def __post_init__(self) -> None:
         covered = sum(p.rows * p.cols for p in self.pieces)
         if covered != self.rows * self.cols:
-            raise TableError(f"pieces cover {covered} of {self.rows * self.cols} elements of {list(self.shape)}")
+            raise TableError(f"pieces cover {covered} of {self.rows * self.cols} elements of {list(self.shape)}.")
         for p in self.pieces:
             inside = p.row + p.rows <= self.rows and p.col + p.cols <= self.cols
             taken = p.part_row + p.rows <= p.part.rows and p.part_col + p.cols <= p.part.cols
             if not (inside and taken and p.part.dtype == self.dtype):
                 raise TableError(
-                    f"a piece of {p.part.dtype} {list(p.part.shape)} does not fit {self.dtype} {list(self.shape)}"
+                    f"a piece of {p.part.dtype} {list(p.part.shape)} does not fit {self.dtype} {list(self.shape)}."
                 )
         object.__setattr__(self, "pieces", tuple(sorted(self.pieces, key=lambda p: (p.row, p.col))))
 

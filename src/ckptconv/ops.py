@@ -204,7 +204,7 @@ class LatentHalves(Op):
 
     def tiles(self, keys: Sequence[Shape], index: int, spec: ModelSpec) -> list[Tile]:
         if spec.mla is None:
-            raise TableError("latent rotary rows in a model without multi-latent attention")
+            raise TableError("latent rotary rows in a model without multi-latent attention.")
         plain = spec.mla.kv_lora_rank if self.shared else spec.mla.qk_head_dim
         rope, (rows, cols) = spec.mla.qk_rope_head_dim, matrix(keys[index])
         tiles = []
@@ -358,7 +358,7 @@ def assemble(tiles: Sequence[Tile], parts: Sequence[LazyTensor], shape: Shape) -
         return parts[tiles[0].part]
     kinds = {parts[tile.part].dtype for tile in tiles}
     if len(kinds) > 1:
-        raise TableError(f"parts of one tensor have different element types: {', '.join(sorted(kinds))}")
+        raise TableError(f"parts of one tensor have different element types: {', '.join(sorted(kinds))}.")
     pieces = [Piece(t.row, t.col, t.rows, t.cols, parts[t.part], t.part_row, t.part_col) for t in tiles]
     return Assembly(kinds.pop(), shape, tuple(pieces))
 

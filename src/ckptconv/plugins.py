@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import pkgutil
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from ckptconv.errors import UsageError, near, some
+from ckptconv.errors import SourceError, UsageError, near, some, why
 
 FUNCTIONS = {"loader": "load_checkpoint", "saver": "save_checkpoint"}
 
@@ -172,8 +173,20 @@ def _listed(kind: str, name: str) -> tuple[str, str, str, str]:
         return kind, name, "broken", some([str(error)])
 
 
-def detect(load_dir: str) -> str:
-    """The loader that recognises a directory. Raises UsageError when none or several do."""
+def detect(load_dir: str, flag: str = "") -> str:
+    """The loader that recognises a directory. Raises UsageError when none or several do, SourceError for no access.
+
+    flag: the one that names the directory.
+    """
+    where = f"{flag} {load_dir}".lstrip()
+    try:
+        os.stat(load_dir)
+        if os.path.isdir(load_dir):
+            os.listdir(load_dir)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{where}: does not exist. Is the path right?") from None
+    except OSError as error:
+        raise SourceError(f"{where}: cannot be read: {why(error)}") from error
     found = {}
     for name in builtin("loader"):
         if name.startswith("hf_"):
@@ -186,8 +199,9 @@ def detect(load_dir: str) -> str:
         return next(iter(found))
     if not found:
         raise UsageError(
-            f"--load-dir {load_dir}: no checkpoint is recognised there: no config.json or weights of Hugging Face, no "
-            "latest_checkpointed_iteration.txt or mp_rank_* of Megatron. Is the path right? --loader names one."
+            f"{where}: no checkpoint is recognised there: no config.json or weights of Hugging Face, no "
+            "latest_checkpointed_iteration.txt or mp_rank_* of Megatron, no params.json of Meta, no tp_rank_* of NxD "
+            "Training, no *.ckpt of MindSpore. Is the path right? --loader names what it is."
         )
     reasons = "; ".join(f"{name}: {reason}" for name, reason in found.items())
-    raise UsageError(f"--load-dir {load_dir}: several loaders recognise it ({reasons}). Choose with --loader.")
+    raise UsageError(f"{where}: several loaders recognise it ({reasons}). Choose with --loader.")

@@ -193,7 +193,7 @@ def _round(values: Floats, dtype: str, work: Floats, out: Matrix) -> None:
         up += bits  # a NaN from our table stays one: its low bits are clear
         out[...] = up.view(np.uint16)[:, 1::2]
     else:
-        raise TableError(f"numbers cannot be rounded to {dtype}")
+        raise TableError(f"numbers cannot be rounded to {dtype}.")
 
 
 def _floats(raw: Matrix, dtype: str) -> Floats:
@@ -206,7 +206,7 @@ def _floats(raw: Matrix, dtype: str) -> Floats:
         return raw.view(np.float16).astype(np.float32)
     if dtype == "float32":
         return raw.view(np.float32)
-    raise TableError(f"{dtype} is not read as float32")
+    raise TableError(f"{dtype} is not read as float32.")
 
 
 # Numbers to codes

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-#: Rows [first, end) of a tensor.
+#: Rows (or columns) [first, end) of a tensor.
 Span = tuple[int, int]
 
 
@@ -55,3 +55,30 @@ def counted(rows: int, targets: Iterable[tuple[int, Span]], others: Sequence[int
     if not rows and rank == owners[0]:
         return [(0, 0)]
     return found
+
+
+def read(
+    shape: tuple[int, int], targets: Sequence[tuple[int, Span, Span]], others: Sequence[int], rank: int
+) -> int:
+    """Elements of a [rows, cols] tensor that `rank` reads: what it digests whole rows of, and what it writes.
+
+    targets: (rank, rows, columns) of what is written, everyone's; others: as in `counted`.
+    """
+    rows, cols = shape
+    digested = counted(rows, [(who, span) for who, span, _ in targets], others, rank)
+    own = [(span, columns) for who, span, columns in targets if who == rank]
+    total = sum(end - start for start, end in digested) * cols
+    edges = sorted({0, rows} | {edge for span in [*digested, *(span for span, _ in own)] for edge in span})
+    begins: dict[int, list[tuple[Span, Span]]] = {}
+    for one in own:
+        begins.setdefault(one[0][0], []).append(one)
+    active: list[tuple[Span, Span]] = []
+    whole = iter([*digested, (rows, rows)])
+    start, end = next(whole)
+    for first, last in pairwise(edge for edge in edges if edge <= rows):
+        active = [one for one in active if first < one[0][1]] + begins.get(first, [])
+        while end <= first and end < rows:
+            start, end = next(whole)
+        if active and not start <= first < end:
+            total += (last - first) * (max(c[1] for _, c in active) - min(c[0] for _, c in active))
+    return total

@@ -231,4 +231,12 @@ def _differences(one: Any, other: Any, ignore: typing.Collection[str]) -> typing
         if type(left) is type(right) and dataclasses.is_dataclass(left):
             yield from (f"{f.name}.{line}" for line in _differences(left, right, ()))
         else:
-            yield f"{f.name}: {left} != {right}"
+            yield f"{f.name}: {_short(left)} != {_short(right)}"
+
+
+def _short(value: Any) -> str:
+    """A part that the other model lacks, by its first fields."""
+    if not dataclasses.is_dataclass(value):
+        return str(value)
+    first = [f"{f.name}={getattr(value, f.name)}" for f in dataclasses.fields(value)[:3]]
+    return f"{type(value).__name__}({', '.join(first)}, ...)"

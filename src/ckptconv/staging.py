@@ -38,7 +38,9 @@ DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 class Stopped(CkptconvError):
-    """The other side is gone or was stopped; what is finished can be continued."""
+    """The other side is gone or was stopped; what is finished can be continued, unless it was `wrong`."""
+
+    wrong = False
 
 
 class Staging:
@@ -306,12 +308,15 @@ class Draft(Staging):
 def staged(args: Namespace) -> Staging:
     """The output of a run, as its flags have it; the one that args has where there is one."""
     output = getattr(args, "output", None)
-    return output or Staging(args.save_dir, overwrite=args.overwrite, resume=args.resume)
+    target = getattr(args, "work_dir", None) or args.save_dir
+    return output or Staging(target, overwrite=args.overwrite, resume=args.resume)
 
 
 def is_wrong(error: BaseException) -> bool:
     """Whether there is nothing to continue. What was stopped from outside (a signal, a full disk) can be continued."""
-    known = isinstance(error, CkptconvError) and not isinstance(error, Stopped | TargetError)
+    if isinstance(error, Stopped):
+        return error.wrong
+    known = isinstance(error, CkptconvError) and not isinstance(error, TargetError)
     return known and type(error) is not CkptconvError
 
 

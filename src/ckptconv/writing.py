@@ -12,14 +12,14 @@ import os
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ckptconv import companions, dtypes, lazy
+from ckptconv import companions, dtypes, lazy, shares
 from ckptconv.checksum import crc32, merged, whole
 from ckptconv.engine import Engine, Job, Output, Target, default_threads
 from ckptconv.errors import ProtocolError, SourceError, TableError
@@ -27,7 +27,7 @@ from ckptconv.lazy import Assembly, LazyTensor, Literal, Piece, Zeros
 from ckptconv.messages import Expected, expected
 from ckptconv.metadata import Metadata
 from ckptconv.ops import Tile
-from ckptconv.shares import Span, counted
+from ckptconv.shares import Span, counted, dealt
 from ckptconv.staging import Draft, Staging
 from ckptconv.transport import Receiver, Wire
 
@@ -146,6 +146,29 @@ def write(
     return Written(sum(plan.size for plan in plans.values()), digests.texts() if staging.rank == 0 else {})
 
 
+def shared(plan: Plan, metadata: Metadata, ranks: int, finished: Container[str]) -> list[dict[str, int]]:
+    """What each of `ranks` processes would do: files, bytes written, bytes read beside headers."""
+    writers = dealt({name: file.size for name, file in plan.files.items() if name not in finished}, ranks)
+    found = [{"files": 0, "written": 0, "read": 0} for _ in range(ranks)]
+    for name, rank in writers.items():
+        found[rank]["files"] += 1
+        found[rank]["written"] += plan.files[name].size
+    for message in expected(metadata.spec):
+        builds = [build for build in plan.builds.get(message.name, ()) if build.file in writers]
+        for build in builds:
+            found[writers[build.file]]["read"] += plan.files[build.file].slots[build.slot].nbytes
+        others = _others(message, writers, plan.builds, ranks)
+        for key, shape in message.shapes.items():
+            targets = [
+                (writers[file], (t.row, t.row + t.rows), (t.col, t.col + t.cols))
+                for file, _, t in plan.routes[message.name, key].targets if file in writers
+            ]  # fmt: skip
+            width = dtypes.size_of(metadata.dtype(message.name, key))
+            for rank in sorted({who for who, _, _ in targets}) or others:
+                found[rank]["read"] += width * shares.read(lazy.matrix(shape), targets, others, rank)
+    return found
+
+
 def in_order(
     plans: Iterable[str], routes: Routes, builds: Mapping[str, Sequence[Build]], metadata: Metadata
 ) -> list[str]:
@@ -254,8 +277,15 @@ def _counted(
         return [(0, rows)]
     writers = staging.writers
     targets = [(writers[file], (tile.row, tile.row + tile.rows)) for file, _, tile in route.targets if file in writers]
-    others = [writers[build.file] for build in builds.get(want.part_of, ()) if build.file in writers]
-    return counted(rows, targets, others or [crc32(want.part_of.encode()) % staging.ranks], staging.rank)
+    return counted(rows, targets, _others(want, writers, builds, staging.ranks), staging.rank)
+
+
+def _others(
+    want: Expected, writers: Mapping[str, int], builds: Mapping[str, Sequence[Build]], ranks: int
+) -> list[int]:
+    """Who digests tensors of a message of which no part is written as it is."""
+    found = {writers[build.file] for build in builds.get(want.part_of, ()) if build.file in writers}
+    return sorted(found) or [crc32(want.part_of.encode()) % ranks]
 
 
 def _job(

@@ -34,6 +34,12 @@ def test_a_machine_that_is_well(cli: Callable[..., Any], tmp_path: Path) -> None
         assert f"\n{about} " in done.stdout
 
 
+def test_a_file_where_checkpoints_are_to_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "choose" in found(place, code=1)["disk"][0]["wrong"].lower()
+
+
 def test_plugins_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "loader_doctor_lacking.py").write_text("import no_such_package\n")
     (tmp_path / "checkpoint_saver_doctor_half.py").write_text("def add_arguments(parser): pass\n")

@@ -17,9 +17,8 @@ from ckptconv import joining, plugins
 from ckptconv.errors import folded
 from ckptconv.lazy import FileTensor
 from commands import convert, weights_of
+from goldens import GOLDEN
 from inprocess import here
-
-GOLDEN = Path(os.environ.get("CKPTCONV_GOLDEN", Path(__file__).parents[2].parent / "shared" / "golden"))
 
 #: saver -> flags, (tp, pp) that inspect has to find.
 FORMATS: dict[str, tuple[tuple[object, ...], tuple[int, int] | None]] = {
@@ -247,6 +246,15 @@ def test_no_config(source: Path, tmp_path: Path) -> None:
     assert "config.json: missing" in found["refused"][0]
     assert sum(one["count"] for one in found["tensors"]) == len(weights_of(source))
     assert here("inspect", place).returncode == 0
+
+
+def test_a_config_with_more_layers_than_could_be_counted(source: Path, tmp_path: Path) -> None:
+    out = copied(source, tmp_path / "huge")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**12}))
+    seen = inspected(out)
+    assert seen["model"] is None and seen["tensors"]
+    assert "says 1000000000000 layers" in seen["refused"][0]
 
 
 def test_a_missing_rank(mcore: Path, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import threading
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +22,7 @@ class Board:
 
     def __init__(self) -> None:
         self.said: dict[str, str] = {}
+        self.numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)
         self.failure: tuple[int, str, bool] | None = None
 
 
@@ -46,6 +49,9 @@ class Team:
                 raise CkptconvError("this process has failed.")
             time.sleep(0.001)
         return self._board.said[key]
+
+    def take(self, key: str) -> int:
+        return next(self._board.numbers[key])
 
     def check(self) -> None:
         if self.failure:
@@ -82,25 +88,27 @@ class Line(together.Line):
 class _Saver(inprocess._Saver):
     """A saver's thread that writes a part of the output."""
 
-    def __init__(self, plugin: Any, args: Any, team: Any) -> None:
+    def __init__(self, plugin: Any, args: Any, team: Any = None) -> None:
         self._team = team
         super().__init__(plugin, args)
 
     def _run(self, plugin: Any, args: Any) -> None:
-        args.output = together.output(args, Line(self._team))
+        if self._team:
+            args.output = together.output(args, Line(self._team))
         super()._run(plugin, args)
 
 
 def on_ranks(ranks: int, *words: object) -> list[conversion.Report]:
     """Convert on so many ranks; what each reports. Raises what the first of them fails with."""
-    args, loader, saver = cli.parse([str(word) for word in words])
     board, reports, errors = Board(), {}, {}
 
     def one(rank: int) -> None:
+        member: Any = Team(board, rank, ranks)
         try:
-            reports[rank] = conversion.run(loader, saver, copy.copy(args), Team(board, rank, ranks))  # type: ignore[arg-type]
+            reports[rank] = cli._converted([str(word) for word in words], member)
         except BaseException as error:
             errors[rank] = error
+            member.fail(error, True)
 
     files.reset()
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from local import on_ranks, tree
 from ckptconv import companions, conversion, engine, shares
 from ckptconv.errors import CkptconvError
 from commands import convert
+from inprocess import main
 from test_any_to_any import FORMATS
 
 Hf = Callable[..., Path]
@@ -44,11 +46,11 @@ def test_every_row_counts_once(rows: int, ranks: int, spans: list[tuple[int, int
     for rank in range(ranks):
         own = shares.counted(rows, targets, [ranks - 1], rank)
         assert all(a < b for a, b in own) or own == [(0, 0)]
-        assert all(end < start for (_, end), (start, _) in zip(own, own[1:], strict=False))
+        assert all(end < start for (_, end), (start, _) in pairwise(own))
         found.update(row for start, end in own for row in range(start, end))
         if rows == 0:
             found.update({-1: len(own)})
-    assert found == ({row: 1 for row in range(rows)} if rows else {-1: 1})
+    assert found == (dict.fromkeys(range(rows), 1) if rows else {-1: 1})
 
 
 def test_who_writes_a_row_reads_it_for_the_digest() -> None:
@@ -63,7 +65,7 @@ def test_files_are_dealt_in_order(sizes: list[int], ranks: int) -> None:
     found = shares.dealt({f"{n:03d}": size for n, size in enumerate(sizes)}, ranks)
     assert list(found) == [f"{n:03d}" for n in range(len(sizes))]
     assert list(found.values()) == sorted(found.values()) and all(0 <= rank < ranks for rank in found.values())
-    loads = Counter({rank: 0 for rank in range(ranks)})
+    loads = Counter(dict.fromkeys(range(ranks), 0))
     for name, rank in found.items():
         loads[rank] += sizes[int(name)]
     assert max(loads.values()) <= sum(sizes) / ranks + max(sizes, default=0)
@@ -122,6 +124,38 @@ def test_work_is_shared(hf: Hf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(reports) == 2
     # Once alone and once together: nothing in this layout belongs to both ranks.
     assert read and set(read.values()) == {2}
+
+
+#: Without padding, which has to be made but not read.
+BARE = ("--make-vocab-size-divisible-by", 1)
+
+
+@pytest.mark.parametrize(("name", "saver", "flags"), [
+    ("llama2", "megatron_mcore", ("--target-tp", 4, *BARE)), ("llama2", "megatron_mcore", ("--target-pp", 4, *BARE)),
+    ("mixtral", "megatron_mcore", ("--target-tp", 2, "--target-ep", 2, *BARE)), ("llama2", "hf", SHARDS["hf"]),
+])  # fmt: skip
+def test_a_plan_says_what_is_read(
+    name: str, saver: str, flags: tuple[object, ...], hf: Hf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source = hf(name, vocab_size=132)
+    words = ["--load-dir", source, "--saver", saver, "--save-dir", tmp_path / "out", "--no-progress", *flags]
+    assert main(["plan", *words, "--ranks", 3, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    taken = []
+    get = engine._Buffers.get
+
+    def counting(self: engine._Buffers, which: int, rows: int, cols: int, dtype: str) -> object:
+        block = get(self, which, rows, cols, dtype)
+        taken.extend([block.nbytes] * (which == 0))
+        return block
+
+    monkeypatch.setattr(engine._Buffers, "get", counting)
+    on_ranks(3, *words)
+    assert sum(taken) == sum(rank["read"] for rank in plan["ranks"])
+    weights = [name for name in plan["files"] if name.endswith((".pt", ".safetensors"))]
+    assert sum(rank["written"] for rank in plan["ranks"]) == sum(plan["files"][name] for name in weights)
+    assert sum(rank["files"] for rank in plan["ranks"]) == len(weights)
 
 
 def test_more_ranks_than_files(hf: Hf, tmp_path: Path) -> None:

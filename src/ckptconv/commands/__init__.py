@@ -10,7 +10,7 @@ import os
 import pkgutil
 from typing import TYPE_CHECKING
 
-from ckptconv import hub
+from ckptconv import files, hub
 from ckptconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def source(place: str, loader: str = "auto") -> tuple[str, Plugin]:
     """(directory or file, its loader): a path, or a model of the Hugging Face hub. Raises UsageError, SourceError."""
     from ckptconv import plugins as finding
 
+    files.refuse_remote(place)
     if hub.is_name(place):
         place = hub.fetch(place)
     if not os.path.exists(place):

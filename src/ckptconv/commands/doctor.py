@@ -97,10 +97,16 @@ def _machine() -> Iterator[Found]:
 
 def _disk(directory: Path) -> Iterator[Found]:
     above = directory.absolute()
-    while not above.exists():
-        above = above.parent
-    free = shutil.disk_usage(above).free
+    try:
+        while not above.exists():
+            above = above.parent
+        free = shutil.disk_usage(above).free
+    except OSError as error:
+        yield Found("disk", f"{above}: {error.strerror}", "Choose another directory for --save-dir.")
+        return
     wrong = "" if os.access(above, os.W_OK) else "It cannot be written to: choose another directory for --save-dir."
+    if not above.is_dir():
+        wrong = "It is a file: choose a directory for --save-dir."
     if free < LEAST_DISK and not wrong:
         wrong = "Free space there, or choose another directory for --save-dir."
     yield Found("disk", f"{_shown.size(free)} free at {above}", wrong)

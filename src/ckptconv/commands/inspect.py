@@ -119,7 +119,8 @@ class Seen:
             if when:
                 rows.append((head, str(text)))
 
-        number = f", iteration {found['iteration']}" if self.holdings.shards and self.metadata else ""
+        counted = self.metadata and found["format"].startswith("megatron")
+        number = f", iteration {found['iteration']}" if counted else ""
         say("format", f"{found['format']}{number}: {self.place}")
         like = "" if self.spec and self.spec.family else " (as its sizes and switches say)"
         say("family", f"{found['family']}{like}" if found["family"] else "of no known family", self.spec is not None)
@@ -224,6 +225,8 @@ def _bare(place: str, plugin: Plugin, said: list[str]) -> Seen:
         config = companions.read_config(companions.find(top))
         where = str(top / companions.CONFIG)
         spec = families.of_config(config, where).spec(config, where) if config else None
+    if spec and spec.num_layers + spec.encoder_layers + spec.mtp_layers > sum(map(len, found.values())):
+        spec = None  # a count that the files cannot bear out would be counted out
     return Seen(place, plugin.name, Holdings(found), None, spec)
 
 

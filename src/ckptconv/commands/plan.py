@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ckptconv import errors, lazy, measure
+from ckptconv import errors, lazy, measure, numbers
 from ckptconv.commands import _shown
 from ckptconv.errors import ProtocolError, UsageError
 from ckptconv.plugins import Plugin
@@ -38,6 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = group.add_argument
     add("--dry-run", action="store_true", help="plan only, like `ckptconv plan`: files, memory, disk; write nothing")
     add("--mapping", action="store_true", help="with a plan: what of which tensor goes where, key by key")
+    add("--ranks", type=numbers.positive, metavar="N", help="with a plan: what each of N ranks of torchrun would do")
     add("--json", action="store_true", help="with a plan: print JSON")
 
 
@@ -57,7 +58,7 @@ def run(args: Namespace, loader: Plugin, saver: Plugin) -> Report:
 
     The report's bytes are those that would be written, its memory an estimate; what is printed is its `saver["plan"]`.
     """
-    from ckptconv import conversion, incoming, stream
+    from ckptconv import conversion, incoming, stream, writing
     from ckptconv.staging import Draft
 
     if not saver.ours:
@@ -92,6 +93,8 @@ def run(args: Namespace, loader: Plugin, saver: Plugin) -> Report:
         "memory": {"needed": needed, "available": measure.available(), "limit": args.max_memory},
         "left_out": [note.removeprefix("ignored ") for note in metadata.origin.notes],
     }
+    if args.ranks:
+        found["ranks"] = writing.shared(draft.plan, metadata, args.ranks, draft.finished)
     if args.mapping:
         found["mapping"] = list(_mapping(messages or _planned(metadata), draft.plan, _names(holdings)))
     print(json.dumps(found, indent=1) if args.json else "\n".join(_lines(found)))
@@ -190,6 +193,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
     short = ": NOT ENOUGH" if memory["needed"] > may else ""
     needed, available = _shown.size(memory["needed"]), _shown.size(memory["available"])
     rows.append(("memory", f"at most about {needed} needed, {available} free{limit}{short}"))
+    for rank, own in enumerate(found.get("ranks", ())):
+        files, written, read = _shown.count(own["files"], "file"), _shown.size(own["written"]), _shown.size(own["read"])
+        rows.append(("ranks", f"rank {rank}: {files}, {written} written, {read} read"))
     rows += [("left out", note) for note in found["left_out"]]
     for one in found.get("mapping", ()):
         what = f"{one['message']} / {one['key']}" if one["message"] else "in no message"

@@ -24,7 +24,7 @@ from ckptconv.containers.inert import DTypeName, Inert
 from ckptconv.containers.pickling import Instance, dumps
 from ckptconv.containers.plan import Slot, Write, by_name
 from ckptconv.containers.unpickle import loads
-from ckptconv.errors import SourceError, some
+from ckptconv.errors import SourceError, some, why
 from ckptconv.files import read_bytes
 from ckptconv.lazy import Assembly, FileTensor, LazyTensor, Piece, Shape, matrix
 
@@ -179,7 +179,7 @@ def read(directory: Path) -> Checkpoint:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}. Data files say nothing without it.") from error
+        raise SourceError(f"{path}: cannot be read: {why(error)} Data files say nothing without it.") from error
     root = loads(read_bytes(str(path), 0, size), str(path))
     _data.cache_clear()
     try:
@@ -214,8 +214,8 @@ def _understood(directory: Path, root: object) -> Checkpoint:
             offsets, sizes = _shape(one["offsets"]), _shape(one["sizes"])
             if (key, offsets) not in places:
                 raise SourceError(
-                    f"{directory}: {METADATA} does not say where the chunk of {key} at {offsets} lies. It is damaged: "
-                    "copy it again."
+                    f"{directory}: {METADATA} does not say where the chunk of {key} at {offsets} lies. "
+                    "It is damaged: copy it again."
                 )
             chunks.append((offsets, sizes, places[key, offsets]))
         tensors[key] = Tensor(str(directory), key, _dtype(stored["properties"]), _shape(stored["size"]), tuple(chunks))

@@ -46,7 +46,16 @@ def weight_files(directory: str) -> list[Path]:
         raise SourceError(f"{folder}: holds only an adapter (LoRA). Merge it into its base model first.")
     raise SourceError(
         f"{folder}: no weights found: neither {SINGLE}, {INDEX}, {BIN}, {BIN_INDEX} nor other *.safetensors."
+        f"{_instead(folder)} Fetch or copy them."
     )
+
+
+def _instead(folder: Path) -> str:
+    """What has the name of a file with weights and is none."""
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".safetensors", ".bin") and not path.is_file():
+            return f" {path.name} is {'a link to nowhere' if path.is_symlink() else 'no regular file'}."
+    return ""
 
 
 def wanted(names: Collection[str], at: Callable[[str], Path]) -> tuple[list[str], str]:
@@ -145,8 +154,8 @@ def _read_bin(path: Path) -> dict[str, LazyTensor]:
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             data = data[key]
     if not isinstance(data, dict):
-        raise SourceError(f"{path}: holds a {type(data).__name__}, expected a dict of tensors.")
+        raise SourceError(f"{path}: holds a {type(data).__name__}, expected a dict of tensors. Save the state_dict().")
     other = [str(name) for name, value in data.items() if not isinstance(value, LazyTensor)]
     if other:
-        raise SourceError(f"{path}: {some(other)} is not a tensor, expected a dict of tensors only.")
+        raise SourceError(f"{path}: {some(other)} is not a tensor, expected a dict of tensors only. Save those alone.")
     return {str(name): value for name, value in data.items()}

@@ -158,7 +158,7 @@ def _values(source: Source) -> Iterator[tuple[str, _Parts | None]]:
                 raise whole.error(f"{what} behind the tensors, which is not read: save without")
         number, kind = divmod(whole.varint(), 8)
         if (number, kind) != (1, _BYTES):
-            raise whole.error(f"field {number} of kind {kind}; it looks {source.kind}")
+            raise whole.error(f"field {number} of kind {kind}; it is {source.kind}")
         size = whole.varint()
         if size > whole.end - whole.at:
             raise whole.error(f"a tensor of {size} bytes, {whole.end - whole.at} are left")

@@ -114,7 +114,7 @@ def _read_all(files: list[Path]) -> tuple[dict[str, LazyTensor], list[Path]]:
     where: dict[str, Path] = {}
     for path in files:
         if _RANK.search(path.stem) or _sharded(path):
-            raise SourceError(f"{path}: {_MERGE} (A file saved by a single device is whole: rename it.)")
+            raise SourceError(f"{path}: {_MERGE} A file saved by a single device is whole: rename it.")
         for name, tensor in _read_file(path).items():
             if name in where:
                 raise SourceError(f"{path}: {name} is also in {where[name].name}. Which of the two is the model's?")
@@ -149,8 +149,8 @@ def _mapped(folder: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
         absent = [name for name in wanted if name not in own]
         if absent:
             raise SourceError(
-                f"{path}: says that {some(absent)} is in {file.name}, which does not hold it. Are both of one "
-                "checkpoint?"
+                f"{path}: says that {some(absent)} is in {file.name}, which does not hold it. "
+                "Are both of one checkpoint?"
             )
         extra = [name for name in own if name not in entries]
         if extra:
@@ -167,14 +167,14 @@ def _merged(folder: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
     data = read_json(path)
     described, stored = data.get("state_dict_metadata"), data.get("storage_data")
     if not isinstance(described, dict) or not isinstance(stored, dict):
-        raise SourceError(f"{path}: has no state_dict_metadata and storage_data, expected those of a Checkpoint 2.0.")
+        raise SourceError(f"{path}: has no state_dict_metadata and storage_data of a Checkpoint 2.0. Copy it again.")
     opened: dict[str, dict[str, LazyTensor]] = {}
 
     def file_of(name: str, number: int) -> str:
         place = stored.get(str((name, (number,))))
         file = place[0].get("file_name") if isinstance(place, list) and place and isinstance(place[0], dict) else None
         if not isinstance(file, str) or "/" in file:
-            raise SourceError(f"{path}: storage_data does not say where slice {number} of {name} is.")
+            raise SourceError(f"{path}: storage_data does not say where slice {number} of {name} is. Copy it again.")
         return file if file.endswith(".safetensors") else f"{file}.safetensors"
 
     def held(name: str, number: int) -> LazyTensor:
@@ -182,7 +182,10 @@ def _merged(folder: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
         if file not in opened:
             opened[file] = _read_file(folder / file)
         if name not in opened[file]:
-            raise SourceError(f"{folder / file}: lacks {name}, of which {METADATA} says that slice {number} is there.")
+            raise SourceError(
+                f"{folder / file}: lacks {name}, whose slice {number} {METADATA} puts there. "
+                "Are both of one save?"
+            )
         return opened[file][name]
 
     tensors = {}
@@ -191,7 +194,9 @@ def _merged(folder: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
             if not _is_optimizer(file_of(name, int(entry["chunk"][0]["global_offset"][0]))):
                 tensors[name] = _whole(name, entry, held)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise SourceError(f"{path}: cannot be understood at {name} ({type(error).__name__}: {error}).") from error
+            raise SourceError(
+                f"{path}: cannot be understood at {name} ({type(error).__name__}: {error}). Copy it again."
+            ) from error
     return tensors, [path, *(folder / file for file in sorted(opened))]
 
 

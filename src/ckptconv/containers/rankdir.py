@@ -51,6 +51,12 @@ def iteration_name(iteration: int | str) -> str:
     return iteration if isinstance(iteration, str) else f"iter_{iteration:07d}"
 
 
+def iterations(top: Path) -> list[int]:
+    """The iterations that lie in a directory, in order; none in a file."""
+    found = [path.name for path in top.glob("iter_*") if re.fullmatch(r"iter_\d{7,18}", path.name) and path.is_dir()]
+    return sorted(int(name[5:]) for name in found)
+
+
 def iteration(text: str) -> int | str:
     """The value of an --iteration flag: a number, or `release`. Raises UsageError."""
     if not _ITERATION.fullmatch(text):
@@ -64,6 +70,7 @@ def find_iteration(top: Path, wanted: int | str | None) -> tuple[Path, int]:
     if dcp.is_one(top) or any(parse_name(entry.name) for entry in top.iterdir()):
         match = re.fullmatch(r"iter_(\d+)", top.name)
         return top, int(match[1]) if match else 1
+    tracked = wanted is None
     if wanted is None:
         try:
             said = (top / TRACKER).read_text(errors="replace").strip()
@@ -73,13 +80,17 @@ def find_iteration(top: Path, wanted: int | str | None) -> tuple[Path, int]:
                 "that holds iter_*."
             ) from error
         if not _ITERATION.fullmatch(said):
-            raise SourceError(f"{top / TRACKER}: says {said[:40]!r}, expected a number or 'release'.")
+            raise SourceError(f"{top / TRACKER}: says {said[:40]!r}, expected a number or 'release'. Give --iteration.")
         wanted = said
     wanted = iteration(str(wanted))  # text, too, where another plugin has declared the same flag
     directory = top / iteration_name(wanted)
     if not directory.is_dir():
         there = sorted(e.name for e in top.iterdir() if e.name.startswith("iter_") or e.name == "release")
-        raise SourceError(f"{directory}: does not exist; there {'is' if there else 'are'} {some(there) or 'none'}.")
+        said_by = f" ({TRACKER} says so)" if tracked else ""
+        raise SourceError(
+            f"{directory}: does not exist{said_by}; there is {some(there) or 'no other'}. "
+            "Give --iteration."
+        )
     return directory, max(wanted, 1) if isinstance(wanted, int) else 1
 
 
@@ -100,10 +111,12 @@ def rank_files(directory: Path, needs_args: bool = True) -> tuple[dict[Rank, Pat
     lengths = {len(n) for n in numbers}
     if len(lengths) > 1:
         there = some(path.parent.name for path in numbers.values())
-        raise SourceError(f"{directory}: mixes rank directories of several layouts ({there}).")
+        raise SourceError(f"{directory}: mixes rank directories of several layouts ({there}). Keep those of one save.")
     missing = [path for path in numbers.values() if not path.is_file()]
     if missing:
-        raise SourceError(f"{missing[0]}: missing. {len(missing)} of {len(numbers)} ranks have no {FILE}.")
+        raise SourceError(
+            f"{missing[0]}: missing. {len(missing)} of {len(numbers)} ranks have no {FILE}. Copy the missing files."
+        )
     first = numbers[min(numbers)]
     arguments = _arguments(first, needs_args)
     # With two numbers the second is a stage or an expert rank: only the args tell.

@@ -52,7 +52,7 @@ def _header(source: Source) -> tuple[dict[str, object], int]:
     if length > MAX_HEADER:
         raise SourceError(
             f"{path}: is not a safetensors file: it announces a header of {length} bytes, at most {MAX_HEADER} are "
-            f"allowed; it looks {source.kind}."
+            f"allowed; it is {source.kind}. Is it the right file?"
         )
     if 8 + length > size:
         raise SourceError(f"{path}: has {size} bytes, its header alone needs {8 + length}. {_AGAIN}")

@@ -16,7 +16,7 @@ from ckptconv.containers.inert import Inert, short
 from ckptconv.containers.source import Source
 from ckptconv.containers.storage import Storage, storage_dtype
 from ckptconv.containers.unpickle import load
-from ckptconv.errors import SourceError
+from ckptconv.errors import SourceError, why
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _AGAIN = "The file is damaged or incomplete: fetch or copy it again."
@@ -31,18 +31,24 @@ def read(source: Source) -> tuple[object, list[tuple[Inert, str]]]:
         with open(source.path, "rb") as file:
             return _read(source, file)
     except OSError as error:
-        raise SourceError(f"{source.path}: cannot be read: {error.strerror}.") from error
+        raise SourceError(f"{source.path}: cannot be read: {why(error)}") from error
 
 
 def _read(source: Source, file: BinaryIO) -> tuple[object, list[tuple[Inert, str]]]:
     path, size = source.path, source.size
     if load(file, size, path) != _MAGIC:
-        raise SourceError(f"{path}: is a pickle, but not one of torch.save (its first object is no magic number).")
+        raise SourceError(
+            f"{path}: is a pickle, but not one of torch.save (it has no magic number). "
+            "Is it the right file?"
+        )
     protocol, system = load(file, size, path), load(file, size, path)
     if protocol != _PROTOCOL or not isinstance(system, dict):
         raise SourceError(f"{path}: has torch.save protocol {short(protocol)}, expected {_PROTOCOL}. {_AGAIN}")
     if not system.get("little_endian", True):
-        raise SourceError(f"{path}: holds big-endian tensors, only little-endian ones can be read.")
+        raise SourceError(
+            f"{path}: holds big-endian tensors, expected little-endian ones. "
+            "Save it again on such a machine."
+        )
     begin = file.tell()
     first = _Storages(path, None)
     load(file, size, path, first)
@@ -93,7 +99,10 @@ class _Storages:
         _, kind, root, _, count, view = key
         dtype = storage_dtype(kind)
         if isinstance(dtype, Inert):
-            raise SourceError(f"{self.path}: holds a {dtype.name}, whose elements cannot be converted.")
+            raise SourceError(
+                f"{self.path}: holds a {dtype.name}, whose elements cannot be converted. "
+                "Leave it out of the file."
+            )
         if not isinstance(root, str) or type(count) is not int or count < 0:
             raise TypeError(f"the storage {short(root)} of {short(count)} elements")
         width = dtypes.size_of(dtype) if dtype else 1

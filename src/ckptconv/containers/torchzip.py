@@ -52,7 +52,7 @@ def read(path: str | os.PathLike[str], offset: int = 0, length: int | None = Non
     elif source.head.startswith(b"\x80"):
         root, unreadable = torchlegacy.read(source)
     else:
-        raise SourceError(f"{source.path}: is not a torch.save file, it is {source.kind}.")
+        raise SourceError(f"{source.path}: is not a torch.save file, it is {source.kind}. Is it the right file?")
     return _checked(source, root, unreadable)
 
 
@@ -69,7 +69,9 @@ def _checked(source: Source, root: object, unreadable: list[tuple[Inert, str]]) 
 def _read_zip(source: Source, begin: int, size: int) -> tuple[object, list[tuple[Inert, str]]]:
     archive = _Archive(source, begin, size)
     if archive.bytes_of("byteorder", "little") != b"little":
-        raise SourceError(f"{source.path}: holds big-endian tensors, only little-endian ones can be read.")
+        raise SourceError(
+            f"{source.path}: holds big-endian tensors, expected little-endian ones. Save it again on such a machine."
+        )
     pickle = archive.bytes_of("data.pkl")
     unreadable: list[tuple[Inert, str]] = []
     known: dict[tuple[str, str], Storage | Inert] = {}

@@ -38,7 +38,7 @@ def read(
     """
     root = torchzip.read(path)
     if not isinstance(root, dict):
-        raise SourceError(f"{path}: holds a {type(root).__name__}, expected a dict of tensors.")
+        raise SourceError(f"{path}: holds a {type(root).__name__}, expected a dict of tensors. Is it the right file?")
     beside: list[str] = []
     if isinstance(root.get(model_key), dict):
         beside = [str(key) for key in root if key != model_key]
@@ -51,8 +51,8 @@ def read(
             found[name] = value
         elif number is None:
             raise SourceError(
-                f"{path}: {name} is a {_kind(value)}, expected a tensor. If the model is in a dict inside, --model-key "
-                "names it."
+                f"{path}: {name} is a {_kind(value)}, expected a tensor. "
+                "If the model is in a dict inside, --model-key names it."
             )
         else:
             said = info.get(number)
@@ -96,13 +96,16 @@ def _info(path: Path) -> dict[object, dict[str, object]]:
         return {}
     said = torchzip.read(file)
     if not isinstance(said, dict) or not all(isinstance(value, dict) for value in said.values()):
-        raise SourceError(f"{file}: is not an info file of torch_xla references: a dict of dicts by number.")
+        raise SourceError(
+            f"{file}: holds no references of torch_xla, expected a dict of dicts by number. "
+            "Copy it again."
+        )
     return said
 
 
 def _checked(file: Path, name: str, value: object, said: Mapping[str, object] | None) -> LazyTensor:
     if not isinstance(value, LazyTensor):
-        raise SourceError(f"{file}: holds a {_kind(value)}, expected the tensor {name}.")
+        raise SourceError(f"{file}: holds a {_kind(value)}, expected the tensor {name}. Copy it again.")
     wanted = (str(said.get("dtype")), said.get("shape")) if said else None
     if wanted and wanted != (f"torch.{value.dtype}", value.shape):
         raise SourceError(

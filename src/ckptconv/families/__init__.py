@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from ckptconv.errors import SourceError, UsageError, near, some
+from ckptconv.errors import SourceError, TargetError, UsageError, near, some
 from ckptconv.families.bert import BERT, MEGATRON_BERT
 from ckptconv.families.dbrx import DBRX
 from ckptconv.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, KIMI_K2
@@ -46,7 +46,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (
 def get(name: str) -> Family:
     """The family called `name`. Raises UsageError."""
     if name not in FAMILIES:
-        raise UsageError(f"unknown model family {name!r}; known: {some(FAMILIES)}.{near(name, FAMILIES)}")
+        raise UsageError(f"unknown model family {name!r}, expected one of {some(FAMILIES, 12)}.{near(name, FAMILIES)}")
     return FAMILIES[name]
 
 
@@ -73,14 +73,16 @@ def of_config(config: dict[str, object], where: str) -> Family:
 
 
 def for_spec(spec: ModelSpec) -> Family:
-    """The first family whose config.json can say exactly this model. Raises SourceError naming what stops each."""
+    """The first family whose config.json can say exactly this model. Raises TargetError naming what stops each."""
     reasons = []
     for family in FAMILIES.values():
         found = family.refusals(spec)
         if not found:
             return family
         reasons.append(f"{family.name}: {some(found, 2)}")
-    raise SourceError("no Hugging Face family can express this model. " + "; ".join(reasons))
+    raise TargetError(
+        f"no Hugging Face family can express this model. {'; '.join(reasons)}. `ckptconv plugins` lists other savers."
+    )
 
 
 #: What older converters call a model -> our family, or Megatron's kind of model.

@@ -62,7 +62,10 @@ def _untied(spec: ModelSpec) -> bool:
 def _heads(config: Config, where: str) -> dict[str, Any]:
     """The heads of the class in config.json. Raises SourceError for a model without token types."""
     if config.get("type_vocab_size") == 0:
-        raise SourceError(f"{where}: type_vocab_size is 0: transformers' BERT cannot run without token types.")
+        raise SourceError(
+            f"{where}: type_vocab_size is 0, expected at least 1: transformers' BERT cannot run without token "
+            "types."
+        )
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and named else ""
     found = next((parts for end, parts in HEADS.items() if isinstance(name, str) and name.endswith(end)), {})

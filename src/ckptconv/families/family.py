@@ -289,7 +289,7 @@ class Family:
                 rows.append(row)
                 left.difference_update(row.keys)
         if left:
-            raise TableError(f"family {self.name}: no row for {sorted(left)[0]!r} of {message.name!r}")
+            raise TableError(f"family {self.name}: no row for {sorted(left)[0]!r} of {message.name!r}.")
         return rows
 
 

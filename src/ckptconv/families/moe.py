@@ -48,7 +48,10 @@ def sparse(config: Config, where: str) -> tuple[int, ...]:
     step = windows.count(config, "decoder_sparse_step", where, 1)
     dense = config.get("mlp_only_layers") or []
     if step < 1 or not isinstance(dense, list):
-        raise SourceError(f"{where}: decoder_sparse_step is {step}, mlp_only_layers {dense!r}: expected 1.., a list.")
+        raise SourceError(
+            f"{where}: decoder_sparse_step is {step} and mlp_only_layers {dense!r}, expected a whole number above 0 "
+            "and a list of layers."
+        )
     return tuple(int(layer not in dense and (layer + 1) % step == 0) for layer in range(layers))
 
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptconv import dtypes
-from ckptconv.containers.inert import DTypeName, Inert
 from ckptconv.errors import SourceError
 from ckptconv.formats import mcore
 from ckptconv.formats.megatron_facts import LLAMA3
@@ -112,10 +111,10 @@ def typed(spec: ModelSpec, name: str, where: str) -> ModelSpec:
     kind, rope = TYPES[name], spec.rope
     if (spec.moe is not None) != (kind.family == "mixtral"):
         has = f"{spec.moe.num_experts} experts" if spec.moe else "no experts"
-        raise SourceError(f"{where}: --source-model-type {name}, but the model has {has}.")
+        raise SourceError(f"{where}: --source-model-type {name}, but the model has {has}. Leave the flag out.")
     if rope is None or rope.kind not in ("default", "llama3") or (rope.kind == "llama3" and not kind.scaled):
         said = f"a {rope.kind} scaled rope" if rope else "no rotary embedding"
-        raise SourceError(f"{where}: --source-model-type {name}, but the args say {said}.")
+        raise SourceError(f"{where}: --source-model-type {name}, but the args say {said}. Leave the flag out.")
     if kind.scaled and rope.kind == "default":
         rope = Rope(rope.theta, "llama3", {"factor": 8.0, **LLAMA3}, rope.percent, rope.interleaved)
     positions = kind.positions or spec.max_position_embeddings
@@ -146,10 +145,9 @@ SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 def as_json(arguments: Mapping[str, object]) -> bytes:
     """All args; what JSON has no word for as `str()` would have it."""
 
-    def text(value: object) -> str:
-        if isinstance(value, Inert):
-            return f"{value.name}.{value.args[0]}" if len(value.args) == 1 else str(value)
-        return str(value)
+    def text(value: Any) -> str:
+        of: tuple[Any, ...] = getattr(value, "args", ())  # what stands for an enum's member keeps the call that made it
+        return f"{value.name}.{of[0]}" if len(of) == 1 else str(value)
 
     return (json.dumps(dict(arguments), indent=2, default=text) + "\n").encode()
 
@@ -169,15 +167,18 @@ OWN = frozenset((
 _OBJECT = re.compile(r"[A-Za-z_][\w.]*\.\w+")
 
 
-def taken_over(margs: Mapping[str, Any]) -> dict[str, object]:
-    """What of a source's args goes into a target's: all that is a plain value and not of the run or its layout."""
+def taken_over(margs: Mapping[str, Any], dtype_of: Callable[[str], object]) -> dict[str, object]:
+    """What of a source's args goes into a target's: all that is a plain value and not of the run or its layout.
+
+    dtype_of: what stands for a torch dtype of that name.
+    """
     found: dict[str, object] = {}
     for name, value in margs.items():
         if value is None or name in OWN:
             continue
         dtype = value.removeprefix("torch.") if isinstance(value, str) and value.startswith("torch.") else None
         if dtype in dtypes.BY_NAME:
-            found[name] = DTypeName(dtype)
+            found[name] = dtype_of(str(dtype))
         elif not (isinstance(value, str) and _OBJECT.fullmatch(value) and value[:1].isupper()):
             found[name] = value  # else an enum's member as text
     return found

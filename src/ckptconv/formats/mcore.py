@@ -236,7 +236,7 @@ def dialect(names: list[str]) -> Dialect:
     return Dialect(IMPLEMENTATIONS[fused], grouped, MTP_MODULES[old], mcore_bert.is_bert(names))
 
 
-def unpacked(name: str, tensor: LazyTensor, experts: int) -> dict[str, LazyTensor]:
+def unpacked(name: str, tensor: LazyTensor, experts: int, where: str) -> dict[str, LazyTensor]:
     """The tensors of the `experts` of a rank that a tensor of legacy GroupedMLP holds; any other tensor as it is.
 
     weight1 is declared [h, experts * c] and weight2 [experts * c, h], but `GroupedMLP.forward` sees both expert after
@@ -247,7 +247,10 @@ def unpacked(name: str, tensor: LazyTensor, experts: int) -> dict[str, LazyTenso
         return {name: tensor}
     first = ending == ".mlp.experts.weight1"
     if experts < 1 or len(tensor.shape) != 2 or tensor.shape[first] % experts:
-        raise SourceError(f"{name} is {list(tensor.shape)}, which does not divide into {experts} experts of a rank.")
+        raise SourceError(
+            f"{where}: {name} is {list(tensor.shape)}, expected two axes that divide into {experts} experts of a rank "
+            "(num_experts over expert_model_parallel_size in the args). Are the args of the same checkpoint?"
+        )
     rows, cols = tensor.shape
     high, wide = (rows, cols // experts) if first else (rows // experts, cols)
     whole = tensor.seen((experts * high, wide))

@@ -100,13 +100,13 @@ class Part:
     half: int | None = None
 
 
-def parts(key: str, shape: Shape) -> Iterator[Part]:
+def parts(key: str, shape: Shape, where: str) -> Iterator[Part]:
     """What a stored tensor holds. Raises SourceError when it lacks an axis that its key speaks of."""
     half = None
     if match := _HALF.fullmatch(key):
         key, half = match[1], "wv".index(match[2])
     stacked = _STACKED.fullmatch(key)
-    for layer in range(_axis(key, shape, 0)) if stacked else (None,):
+    for layer in range(_axis(key, shape, 0, where)) if stacked else (None,):
         index: Shape = () if layer is None else (layer,)
         name = key if stacked is None else f"{stacked[1]}.{layer}.{stacked[2]}"
         if match := _GROUPED.fullmatch(name):
@@ -114,13 +114,16 @@ def parts(key: str, shape: Shape) -> Iterator[Part]:
         elif (match := _EXPERTS.fullmatch(name)) is None or match[2]:
             yield Part(f"{match[1]}.local_experts.{match[2]}.{match[3]}" if match else name, index, half)
         else:
-            for expert in range(_axis(key, shape, len(index))):
+            for expert in range(_axis(key, shape, len(index), where)):
                 yield Part(f"{match[1]}.local_experts.{expert}.{match[3]}", (*index, expert), half)
 
 
-def _axis(key: str, shape: Shape, axis: int) -> int:
+def _axis(key: str, shape: Shape, axis: int, where: str) -> int:
     if len(shape) <= axis + 1:
-        raise SourceError(f"{key} is {list(shape)}, expected an axis of all layers or experts in front of its own.")
+        raise SourceError(
+            f"{where}: {key} is {list(shape)}, expected an axis of all layers or experts in front of its own. Was it "
+            "saved by megatron-core?"
+        )
     return shape[axis]
 
 

@@ -91,7 +91,7 @@ class Reordered(View):
         return Assembly(stored.dtype, stored.shape, tuple(pieces))
 
     def stored(self, seen: LazyTensor) -> LazyTensor:
-        raise TableError("qkv rows in the order of old checkpoint versions are only read")
+        raise TableError("qkv rows in the order of old checkpoint versions are only read, not written.")
 
 
 def _rows(rows: Iterable[Row]) -> Iterator[Row]:

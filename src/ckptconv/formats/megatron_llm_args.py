@@ -281,7 +281,7 @@ def fields(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     if said["approximate_gelu"] and activation == "gelu":
         activation = "gelu_tanh"
     if h < 1 or a < 1:
-        raise SourceError(f"{where}: args.hidden_size is {h}, args.num_attention_heads {a}.")
+        raise SourceError(f"{where}: args.hidden_size is {h} and args.num_attention_heads {a}, expected both above 0.")
     return {
         "num_layers": said["num_layers"],
         "hidden_size": h,

@@ -329,7 +329,7 @@ def limits(spec: ModelSpec, custom: bool = False) -> list[str]:
 def check(spec: ModelSpec, custom: bool, tp: int) -> None:
     """Raise TargetError when `refusals` is not empty."""
     if reasons := refusals(spec, custom, tp):
-        raise TargetError("Megatron cannot express this model: " + " ".join(reasons))
+        raise TargetError(f"Megatron cannot express this model: {' '.join(reasons)} --saver hf may express it.")
 
 
 #: attribute, values beside None that mean "not used", what it is.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptconv import numbers
-from ckptconv.errors import SourceError, UsageError
+from ckptconv.errors import SourceError, UsageError, why
 
 #: Direction of AWS's converter -> (source is NxDT, target is NxDT).
 DIRECTIONS = {
@@ -141,9 +141,12 @@ def training(path: str | None) -> Training | None:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise SourceError(f"{path}: cannot be read: {why(error)}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise SourceError(f"{path}: is not YAML ({str(error).splitlines()[0]}).") from error
+        raise SourceError(f"{path}: is not YAML ({str(error).splitlines()[0]}). Is it the right file?") from error
     if not isinstance(values, dict):
-        raise SourceError(f"{path}: holds a YAML {type(values).__name__}, expected a training config.")
+        raise SourceError(
+            f"{path}: holds a YAML {type(values).__name__}, expected a training config. "
+            "Is it the right file?"
+        )
     return Training(path, values)

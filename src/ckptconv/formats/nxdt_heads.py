@@ -91,9 +91,10 @@ class Heads:
         if self.padded != self.a and (self.order == "upstream" or (self.a // self.g) % self.each):
             raise LayoutError(
                 f"{self.a} query heads in {self.g} groups cannot be padded to {self.padded} for kv size multiplier "
-                f"{self.copies}"
-                + (" in the layout of upstream's converter for trn2." if self.order == "upstream" else
-                   f": {self.each} heads per rank do not divide the {self.a // self.g} of a group.")
+                f"{self.copies}: "
+                + ("upstream's converter for trn2 has no layout for that. " if self.order == "upstream" else
+                   f"{self.each} heads per rank do not divide the {self.a // self.g} of a group. ")
+                + "Choose another tensor parallel size."
             )  # fmt: skip
 
     @property

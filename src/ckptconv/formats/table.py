@@ -72,5 +72,5 @@ def rows_of(table: Sequence[Row], message: Expected, spec: ModelSpec) -> list[Ro
     covered = {key for row in rows for key in row.keys}
     for key in message.shapes:
         if key not in covered:
-            raise TableError(f"no row for {key!r} of {message.template!r}")
+            raise TableError(f"no row for {key!r} of {message.template!r}.")
     return rows

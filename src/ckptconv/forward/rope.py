@@ -41,6 +41,10 @@ def score_gain(rope: Rope | None) -> float:
     return _mscale(rope.scaling["factor"], rope.scaling["mscale_all_dim"]) ** 2
 
 
+#: Kinds of scaling that are known.
+KINDS = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
+
+
 def _frequencies(rope: Rope, size: int, length: int, positions: int) -> tuple[Tensor, float]:
     """(one frequency per pair [r/2], gain of both coordinates)."""
     said, exponents = rope.scaling, torch.arange(0, size, 2, dtype=torch.float32) / size
@@ -61,7 +65,7 @@ def _frequencies(rope: Rope, size: int, length: int, positions: int) -> tuple[Te
             return _yarn(rope, plain, size, positions)
     except KeyError as error:
         raise SourceError(f"model config: rope kind {rope.kind} needs {error.args[0]}, found {said}.") from error
-    raise SourceError(f"model config: rope kind {rope.kind!r} is unknown.")
+    raise SourceError(f"model config: rope kind {rope.kind!r} is unknown, expected one of {', '.join(KINDS)}.")
 
 
 def _llama3(plain: Tensor, said: dict[str, Any]) -> Tensor:

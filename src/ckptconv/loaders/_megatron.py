@@ -71,15 +71,21 @@ def add_arguments(parser: ArgumentParser, title: str) -> None:
                        help="compared with what is found")  # fmt: skip
 
 
+#: Files of another format, beside which iterations are what an earlier output has left.
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+
+
 def kind(top: Path, iteration: int | str | None = None) -> str | None:
     """The loader that a directory of Megatron's is for, of rank files by what the first holds; None for another.
 
     A file that cannot be read is megatron_mcore's, which says what is wrong with it.
     """
-    if not (top / rankdir.TRACKER).is_file() and not dcp.is_one(top) and not (
-        top.is_dir() and any(rankdir.parse_name(entry.name) for entry in top.iterdir())
-    ):
-        return None
+    names = [entry.name for entry in top.iterdir()] if top.is_dir() else []
+    if rankdir.TRACKER not in names and not dcp.is_one(top) and not any(map(rankdir.parse_name, names)):
+        iterations = rankdir.iterations(top)
+        if not iterations or any(name.endswith(_WEIGHTS) for name in names):
+            return None
+        iteration = iterations[-1] if iteration is None else iteration  # all are of one run
     if msdir.recognises(str(top)) or (dcp.is_one(top) and (top / "params.json").is_file()):
         return None  # MindSpore's have a tracker of the same name; with Meta's params.json it is torchtitan's
     try:
@@ -108,6 +114,8 @@ def recognised(load_dir: str, loader: str) -> str | None:
         return None
     if (top / rankdir.TRACKER).is_file():
         return f"it has {rankdir.TRACKER}"
+    if rankdir.iterations(top):
+        return "it has iterations"
     return f"it has {dcp.METADATA}" if loader == "megatron_dist" else "it has mp_rank directories"
 
 
@@ -271,7 +279,8 @@ class Source:
             told = len(companions.read_json(args.vocab_file))
         if told is not None and not 0 < told <= padded:
             raise SourceError(
-                f"{self.directory}: the true vocabulary was said to be {told}, but the embedding has {padded} rows."
+                f"{self.directory}: --true-vocab-size (or --vocab-file) says {told}, expected 1 to {padded}, the "
+                "rows of the embedding."
             )
         for value in (told, noted, config.get("vocab_size"), self._arguments.get("vocab_size")):
             if isinstance(value, int) and 0 < value <= padded:

@@ -83,10 +83,10 @@ def core_tensors(path: Path, model: dict[Any, Any], found: Found, chunk: int | N
         if rule:
             found.ignored["*" + rule.suffix] = rule.reason
         elif isinstance(value, LazyTensor):
-            parts = mcore.unpacked(name, value, _local_experts(found))
+            parts = mcore.unpacked(name, value, _local_experts(found), str(path))
             tensors |= {slot_name(chunk, part): tensor for part, tensor in parts.items()}
         else:
-            raise SourceError(f"{path}: {name} is a {type(value).__name__}, expected a tensor.")
+            raise SourceError(f"{path}: {name} is a {type(value).__name__}, expected a tensor. Is it a model's file?")
     return tensors
 
 

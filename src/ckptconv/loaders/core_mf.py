@@ -167,8 +167,8 @@ class _Source:
         tensor = self._tensors.get(name)
         if tensor is None or len(tensor.shape) != 2:
             raise SourceError(
-                f"{self.place}: has no matrix {name}; it has {some(self._tensors)}. Is this a checkpoint of MindSpore "
-                "Transformers?"
+                f"{self.place}: has no matrix {name}; it has {some(self._tensors)}. "
+                "Is this a checkpoint of MindSpore Transformers?"
             )
         return tensor
 
@@ -201,7 +201,10 @@ class _Source:
             told = len(companions.read_json(self._args.vocab_file))
         told = spec.vocab_size if told is None else told
         if told > rows:
-            raise SourceError(f"{self.place}: a vocabulary of {told} was said, but the embedding has {rows} rows.")
+            raise SourceError(
+                f"{self.place}: a vocabulary of {told} is said (--true-vocab-size, --vocab-file or config.json), but "
+                f"the embedding has {rows} rows. Is that of this model?"
+            )
         return told
 
     def _inferred(self) -> ModelSpec:

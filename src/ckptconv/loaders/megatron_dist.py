@@ -172,7 +172,7 @@ def _tensors(directory: Path, stored: Mapping[str, dcp.Tensor]) -> dict[str, Laz
     """The tensors of a rank file. Raises SourceError for a name with two tensors or half of one."""
     found: dict[str, dict[int | None, LazyTensor]] = {}
     for key, tensor in stored.items():
-        for part in mcore_dist.parts(key, tensor.shape):
+        for part in mcore_dist.parts(key, tensor.shape, str(directory)):
             there = found.setdefault(part.name, {})
             if part.half in there or (there and (part.half is None or None in there)):
                 raise SourceError(f"{directory}: holds {part.name} under two keys. Which one counts cannot be told.")

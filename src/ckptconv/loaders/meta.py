@@ -165,7 +165,10 @@ class _Source:
             kinds = {name: self._tensors[0, 0, 0][name].dtype for name in names}
             if len(set(kinds.values())) > 1:
                 listed = some(f"{name} is {kind}" for name, kind in kinds.items())
-                raise SourceError(f"{self._paths[0, 0, 0]}: {listed}, but they become one tensor.")
+                raise SourceError(
+                    f"{self._paths[0, 0, 0]}: {listed}, but they become one tensor. "
+                    "Save them as one type."
+                )
 
     def _settled(self, stored: ModelSpec, told: str | None) -> ModelSpec:
         """The model with what the release or our own note says."""

@@ -149,7 +149,10 @@ class _Source:
         first = next(iter(self._paths.values()))
         found = nxdt.dialect_of(names)
         if found is None:
-            raise SourceError(f"{first}: its tensors are of no style that is known: {some(sorted(names))}.")
+            raise SourceError(
+                f"{first}: its tensors are of no style that is known: {some(sorted(names))}. "
+                "Is it NxDT's?"
+            )
         style = "megatron" if found.style == "megatron" else "hf"
         said = {"--model-style": self._args.model_style,
                 "model_source": self._yaml.get("model_source", str) if self._yaml else None}  # fmt: skip
@@ -402,7 +405,10 @@ class _Source:
         up, down = (self._first(prefix + name, stage) for name in ("gate_up_proj.weight", "down_proj.weight"))
         h, m, tp = self.spec.hidden_size, self.spec.moe.ffn_hidden_size, self._tp
         if len(up.shape) != 3 or len(down.shape) != 3:
-            raise SourceError(f"{self._paths[0, stage, 0]}: its experts are not in one tensor of three dimensions.")
+            raise SourceError(
+                f"{self._paths[0, stage, 0]}: its experts are {list(up.shape)} and {list(down.shape)}, expected three "
+                "dimensions. Was it saved by NxDT?"
+            )
         forms = {"module": up.shape[1] == h and down.shape[2] == h,
                  "upstream": up.shape[1:] == (m, 2 * h // tp) and down.shape[1:] == (h // tp, m)}  # fmt: skip
         fitting = [form for form, fits in forms.items() if fits]
@@ -410,7 +416,8 @@ class _Source:
         if not fitting or (told and told not in fitting):
             raise SourceError(
                 f"{self._paths[0, stage, 0]}: gate_up_proj is {list(up.shape)} and down_proj {list(down.shape)}, which "
-                f"are not experts of {m} x {h} on {tp} ranks" + (f" as {told} has them." if told else ".")
+                f"are not experts of {m} x {h} on {tp} ranks{f' as {told} has them' if told else ''}. Is the "
+                "config of this model?"
             )
         if len(fitting) > 1 and not told and not self._provenance:
             raise UsageError(

@@ -264,7 +264,7 @@ class Target:
 
     def _offer(self) -> str:
         inexact = "--allow-inexact writes the weights all the same."
-        return inexact if self._has_names() else "It has no names for its tensors."
+        return inexact if self._has_names() else "Its tensors have no names there."
 
     def _has_names(self) -> bool:
         try:

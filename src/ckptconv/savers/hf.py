@@ -8,13 +8,12 @@ import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ckptconv import companions, dtypes, families, lazy, numbers, ops, writing
 from ckptconv.containers import hfdir, safetensors, torchzip
 from ckptconv.containers.plan import PlannedFile, Slot
-from ckptconv.errors import TargetError, UsageError, some
+from ckptconv.errors import TableError, TargetError, UsageError, some
 from ckptconv.families import quantised
 from ckptconv.families.family import NOT_IN_CONFIG, Family, Row
 from ckptconv.families.rope import dual
@@ -80,7 +79,7 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
         written = writing.write(queue, staging, plans, routes, [], metadata, args, mark, builds, reread)
         small = choice.small_files(metadata, args, config, tokenizer)
         for name, content in small.items():
-            staging.add(name, content if isinstance(content, bytes) else Path(content).read_bytes())
+            staging.add(name, content if isinstance(content, bytes) else companions.read(content))
         target = {"format": "hf", "family": family.name, "notes": notes}
         staging.add(companions.PROVENANCE, writing.provenance(metadata, target, written.digests))
         last = [companions.CONFIG]
@@ -152,7 +151,7 @@ def _config_bytes(metadata: Metadata, config: dict[str, Any]) -> bytes:
     """The source's bytes when nothing changed, else JSON in transformers' style."""
     path = metadata.origin.companions.get(companions.CONFIG)
     if path and companions.read_json(path) == config:
-        return Path(path).read_bytes()
+        return companions.read(path)
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -161,7 +160,7 @@ def _quantization(spec: ModelSpec, family: Family) -> dict[str, Any]:
     placed = [(message, row) for message in expected(spec) for row in family.rows_of(message, spec)]
     reasons = quantised.refusals(family, spec, [row for _, row in placed])
     if reasons:
-        raise TargetError(f"--quantize fp8: {some(reasons)}. Nothing was written.")
+        raise TargetError(f"--quantize fp8: {some(reasons)}. Nothing was written. Leave the flag out.")
     skipped = []
     for message, row in placed:
         if message.layer is not None and not quantised.is_linear(row):
@@ -324,6 +323,6 @@ def _index(shards: dict[str, list[Slot]]) -> bytes:
     names = {slot.name: file for file, slots in shards.items() for slot in slots}
     total = sum(slot.nbytes for slots in shards.values() for slot in slots)
     if not names:
-        raise TargetError("no tensors to write")
+        raise TableError(f"{hfdir.INDEX}: no tensors are planned, expected those of the model.")
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()

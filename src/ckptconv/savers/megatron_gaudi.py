@@ -16,6 +16,7 @@ from typing import Any
 
 from ckptconv import companions
 from ckptconv.containers import rankdir, torchzip
+from ckptconv.containers.inert import DTypeName
 from ckptconv.containers.plan import Slot
 from ckptconv.errors import LayoutError, SourceError, UsageError
 from ckptconv.formats import gaudi, megatron_args
@@ -80,7 +81,7 @@ class _Target(_megatron.Target):
         if not self._args.source_margs_file:
             return own
         path = self._args.source_margs_file
-        told = gaudi.taken_over(companions.read_json(path))
+        told = gaudi.taken_over(companions.read_json(path), DTypeName)
         told.pop("moe_capacity_bins_num", None) if sizes else None
         merged = {**own, **told}
         kind = {"padded_vocab_size": self.padded}

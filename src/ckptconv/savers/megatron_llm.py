@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from ckptconv import numbers, writing
+from ckptconv import companions, numbers, writing
 from ckptconv.containers import rankdir
 from ckptconv.containers.inert import DTypeName
 from ckptconv.containers.plan import Slot
@@ -113,4 +113,4 @@ class Target(_megatron.Target):
 
     def more_files(self) -> dict[str, bytes]:
         path = self._metadata.origin.companions.get(TOKENIZER)
-        return {TOKENIZER: Path(path).read_bytes()} if path else {}
+        return {TOKENIZER: companions.read(path)} if path else {}

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import Any
 
 from ckptconv import companions, cutting, numbers, writing
@@ -50,7 +49,7 @@ def save_checkpoint(queue: Any, args: Namespace) -> dict[str, Any]:
         small += writing.carry(staging, metadata)
         if TOKENIZER in metadata.origin.companions:
             small.append(TOKENIZER)
-            staging.add(TOKENIZER, Path(metadata.origin.companions[TOKENIZER]).read_bytes())
+            staging.add(TOKENIZER, companions.read(metadata.origin.companions[TOKENIZER]))
         staging.add(PARAMS, (json.dumps(target.params) + "\n").encode())
         new = [*target.plans, *small, PARAMS]
         stale = [name for name in staging.present() if _STALE.fullmatch(name)]
@@ -70,8 +69,8 @@ class _Target:
         if reasons:
             listed = "\n".join(f"  - {reason}" for reason in reasons)
             raise TargetError(
-                f"Meta's model code cannot express this model (on the left what it would make of it, as Llama "
-                f"{version}):\n{listed}\nNothing was written."
+                f"Meta's model code cannot express this model (on the left what it would make of it, with "
+                f"--llama-version {version}):\n{listed}\nNothing was written. --saver hf writes it."
             )
         tp = args.target_tensor_parallel_size or metadata.tp or 1
         layout = Layout(spec.num_layers, tp)

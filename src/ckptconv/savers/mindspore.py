@@ -84,10 +84,13 @@ class _Target:
             reasons = mindspore.refusals(spec)
             places = list(placements(mindspore.table(spec, self.how), spec, layout, spec.vocab_size))
         except TableError as error:
-            reasons = [*reasons, f"{error}."]
+            reasons = [*reasons, str(error)]
         if reasons:
             listed = "\n".join(f"  - {reason}" for reason in reasons)
-            raise TargetError(f"MindSpore Transformers cannot express this model:\n{listed}\nNothing was written.")
+            raise TargetError(
+                f"MindSpore Transformers cannot express this model:\n{listed}\nNothing was written. "
+                "--saver hf may express it."
+            )
         self.flags = {
             "ms_fc1_layout": self.how.fc1, "ms_qkv_layout": self.how.qkv, "max_shard_size": args.max_shard_size,
         }  # fmt: skip

@@ -87,7 +87,10 @@ class _Target:
         self._style = nxdt.style_of(self.spec, args.target_model_style or args.model_style or self._said_style())
         if reasons := nxdt.refusals(self.spec, self._style):
             lines = "\n".join(f"  - {reason}" for reason in reasons)
-            raise TargetError(f"NxDT's {self._style} models cannot hold this one:\n{lines}\nNothing was written.")
+            raise TargetError(
+                f"NxDT's {self._style} models cannot hold this one:\n{lines}\nNothing was written. "
+                "--saver hf may express it."
+            )
         self.layout = self._layout()
         self._heads = self._on_ranks()
         self._dialect = Dialect(self._style, self._form(), self._rows(), multiple=args.i_tp_round_factor or 1)

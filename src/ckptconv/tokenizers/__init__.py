@@ -39,22 +39,25 @@ def build(
     place = Path(path)
     if place.is_dir():
         found = companions.find(place)
-        files = {name: Path(file).read_bytes() for name, file in found.items() if companions.is_tokenizer(name)}
+        files = {name: companions.read(file) for name, file in found.items() if companions.is_tokenizer(name)}
         if not files:
             raise UsageError(f"{place}: holds no tokenizer: neither tokenizer.json, tokenizer.model, vocab.* nor such.")
-        files |= {name: Path(found[name]).read_bytes() for name in found if name.startswith("chat_template")}
+        files |= {name: companions.read(found[name]) for name in found if name.startswith("chat_template")}
         return of_files(files, kind, overrides, extra_ids, spec, str(place))
     if not place.is_file():
         raise UsageError(f"{place}: there is no such tokenizer. Give a file (tokenizer.model, ...) or a directory.")
     if place.name in ("tokenizer.json", "tokenizer_config.json"):
         return build(place.parent, kind, overrides, extra_ids, spec)
-    files = {place.name: place.read_bytes()}
+    files = {place.name: companions.read(place)}
     if place.suffix == ".json" or place.name == "merges.txt":
         beside = place.with_name("merges.txt" if place.suffix == ".json" else "vocab.json")
         if not beside.is_file():
-            raise UsageError(f"{place}: needs {beside.name} beside it.")
-        files = {"vocab.json" if place.suffix == ".json" else "merges.txt": place.read_bytes(),
-                 beside.name: beside.read_bytes()}  # fmt: skip
+            raise UsageError(
+                f"{place}: a vocabulary in {place.suffix[1:]} needs {beside.name} beside it, which is not "
+                "there."
+            )
+        files = {"vocab.json" if place.suffix == ".json" else "merges.txt": companions.read(place),
+                 beside.name: companions.read(beside)}  # fmt: skip
     return of_files(files, kind, overrides, extra_ids, spec, str(place))
 
 

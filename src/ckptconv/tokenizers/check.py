@@ -27,7 +27,10 @@ def check(made: Draft, built: Built, where: str) -> None:
     for entry in whole.get_added_tokens_decoder():
         token = whole.get_added_tokens_decoder()[entry].content
         if whole.token_to_id(token) != entry:
-            raise SourceError(f"{where}: {token} would get id {whole.token_to_id(token)}, expected {entry}.")
+            raise SourceError(
+                f"{where}: {token} would get id {whole.token_to_id(token)}, expected {entry}. "
+                "Was it edited?"
+            )
     encode = made.library() if made.library else None
     special = [entry["content"] for entry in (made.json or {}).get("added_tokens", ()) if entry["special"]]
     for text in (*SAMPLES, *(f"a {token}b {token}" for token in made.samples)):

@@ -66,7 +66,7 @@ def choose(metadata: Metadata, args: Namespace) -> Built | None:
         if carry and not (overrides or extra) and companions.CONFIG in metadata.origin.companions:
             _check_size(_largest(paths) + 1, metadata, where)
             return None
-        files = {name: path.read_bytes() for name, path in paths.items()}
+        files = {name: companions.read(path) for name, path in paths.items()}
         told = kind or _known(metadata.tokenizer_type)
 
         def of_files(as_kind: str | None) -> Built:
@@ -113,7 +113,7 @@ def _known(kind: str | None) -> str | None:
 
 
 def _is_sentencepiece(path: str) -> bool:
-    return Path(path).is_file() and sentencepiece.recognises(Path(path).read_bytes())
+    return Path(path).is_file() and sentencepiece.recognises(companions.read(path))
 
 
 def _roomy(made: Callable[[str | None], Built], metadata: Metadata, where: str) -> Built:
@@ -151,7 +151,7 @@ def _largest(paths: dict[str, Path]) -> int:
     """The largest id of a tokenizer.json, found without its vocabulary in memory; -1 where it cannot be seen so."""
     if "tokenizer.json" not in paths:
         return -1
-    data = paths["tokenizer.json"].read_bytes()
+    data = companions.read(paths["tokenizer.json"])
     vocab = re.search(rb'"vocab":\s*\{', data)
     if vocab is None:  # Unigram: a list, whose places are the ids
         return max(tokenizers.ids(data, str(paths["tokenizer.json"])).values(), default=-1)

@@ -57,9 +57,12 @@ def read(data: bytes, where: str) -> dict[bytes, int]:
                 token, rank = line.split()
                 found[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise SourceError(f"{where}: line {number} is {line[:40]!r}, expected base64 and a rank.") from error
+            raise SourceError(
+                f"{where}: line {number} is {line[:40]!r}, expected base64 and a rank. "
+                "Fetch or copy it again."
+            ) from error
     if sorted(found.values()) != list(range(len(found))) or any(bytes([byte]) not in found for byte in range(256)):
-        raise SourceError(f"{where}: its {len(found)} ranks are not 0, 1, ... with all 256 bytes. Is the file whole?")
+        raise SourceError(f"{where}: its {len(found)} ranks are not 0, 1 and so on, with all 256 bytes. Is it whole?")
     return found
 
 

@@ -149,7 +149,7 @@ def build(data: bytes, where: str, spec: ModelSpec | None) -> Draft:
     _refuse(model, where)
     vocab = {piece.text: i for i, piece in enumerate(model.pieces)}
     if len(vocab) != len(model.pieces):
-        raise SourceError(f"{where}: has a piece twice, so ids are not clear.")
+        raise SourceError(f"{where}: has a piece twice, so ids are not clear. Fetch or copy it again.")
     of_kind: dict[int, list[int]] = {}
     for i, piece in enumerate(model.pieces):
         of_kind.setdefault(piece.kind, []).append(i)

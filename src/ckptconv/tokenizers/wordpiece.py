@@ -18,12 +18,12 @@ def build(data: bytes, kind: str, where: str) -> Draft:
     try:
         words = [word.rstrip("\r") for word in data.decode().removesuffix("\n").split("\n")]
     except ValueError as error:
-        raise SourceError(f"{where}: is not text ({error}).") from error
+        raise SourceError(f"{where}: is not text ({error}). Fetch or copy it again.") from error
     vocab = {word: i for i, word in enumerate(words)}
     missing = [token for role, token in SPECIAL.items() if token not in vocab and role != "mask"]
     if missing or len(vocab) != len(words):
         what = f"lacks {', '.join(missing)}" if missing else "has a word twice"
-        raise SourceError(f"{where}: {what}, so it is not a vocabulary of BERT.")
+        raise SourceError(f"{where}: {what}, so it is no vocabulary of BERT. --tokenizer-type says what it is.")
     capital = any(re.search("[A-Z]", word) for word in vocab if word not in SPECIAL.values())
     lower = kind == "bert-uncased" or (kind == "bert" and not capital)
     roles = {role: token for role, token in SPECIAL.items() if token in vocab}
