@@ -37,7 +37,7 @@ def known_flags() -> set[str]:
 @pytest.mark.parametrize("page", ["README.md", "docs/plugins.md"])
 def test_flags_that_are_named_exist(page: str) -> None:
     text = re.sub(r"<!--.*?-->", "", (TOP / page).read_text())
-    others = ("pip install", "checkpoint-args", "benchmarks/")
+    others = ("pip install", "checkpoint-args", "benchmarks/", "torchrun")
     text = "\n".join(line for line in text.splitlines() if not any(other in line for other in others))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", text)) - {"--finetune", "--load_dir", "--spec"}
     assert named <= known_flags()
