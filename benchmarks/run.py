@@ -10,6 +10,7 @@ from pathlib import Path
 import memory
 import models
 import overhead
+import ranks
 import scale
 import speed
 
@@ -35,6 +36,10 @@ def main() -> None:
         *overhead.HEAD, *overhead.measure(wanted.directory),
         "",
         *scale.HEAD, *scale.measure(list(scale.LAYOUTS), 5, wanted.directory),
+        "",
+        *ranks.PLAN_HEAD, *ranks.plans(wanted.directory),
+        "",
+        *ranks.HEAD, *ranks.scaling("2GB", wanted.runs, wanted.directory),
     ]  # fmt: skip
     before, rest = README.read_text().split("<!-- measured -->")
     after = rest.split("<!-- end -->", 1)[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 from fixtures import build
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
+NUMBERS = itertools.count()
 # Before torch is imported, here and in what is started: its threads spin while they wait for one another, which costs
 # a model of these sizes twenty times what it takes.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
@@ -31,6 +34,25 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
+    """`write("loader", text)`: a module of that kind (loader, saver, checkpoint_loader ...) on the Python path.
+
+    Returns the NAME to give, which no other module of this process has had.
+    """
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+
+    def make(kind: str, text: str) -> str:
+        name = f"t{os.getpid()}_{next(NUMBERS)}"
+        (folder / f"{kind}_{name}.py").write_text(text)
+        importlib.invalidate_caches()
+        return name
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,6 +132,38 @@ def test_a_loader_of_others(hf: Hf, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             before = message
         with pytest.raises(ckptconv.CkptconvError, match="open the checkpoint again"):
             next(iter(found))
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_thread_outlives_a_failure(hf: Hf, tmp_path: Path) -> None:
+    """The one that samples memory did: hundreds of them made every later conversion of a process many times slower."""
+    before = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(ckptconv.CkptconvError, match="tp 3"):
+            ckptconv.convert(hf("llama2"), tmp_path / "no", saver="megatron_mcore", target_tp=3)
+    gc.collect()
+    for _ in range(100):  # a thread that was told to end needs a moment
+        if threading.active_count() > before:
+            time.sleep(0.02)
+    assert threading.active_count() <= before
+
+
+@pytest.mark.usefixtures("quick")
+def test_shared_memory_is_given_back(hf: Hf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program may convert often: memory of a loader of others ends with its conversion."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "plugins"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    ckptconv.convert(hf("llama2"), tmp_path / "numpy", saver="numpy")
+
+    def shared() -> int:
+        files = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+        return sum("memfd:ckptconv" in os.readlink(file) for file in files if os.path.lexists(file))
+
+    before = shared()
+    ckptconv.convert(tmp_path / "numpy", tmp_path / "back", loader="numpy", saver="hf")
+    with pytest.raises(ckptconv.CkptconvError, match="tp 3"):
+        ckptconv.convert(tmp_path / "numpy", tmp_path / "no", loader="numpy", saver="megatron_mcore", target_tp=3)
+    assert shared() == before
 
 
 def test_public_names() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from goldens import GOLDEN
 from inprocess import here
 from test_any_to_any import FORMATS, convert
 
 Hf = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = Path(os.environ.get("CKPTCONV_GOLDEN") or ROOT.parent / "shared" / "golden")
 
 
 def diff(one: Path, other: Path, *flags: object) -> tuple[int, dict[str, Any]]:

@@ -186,6 +186,8 @@ def _run(loader: Plugin, saver: Plugin, args: Namespace, team: Team | None) -> R
             error = CkptconvError(f"loader {loader.name} called exit({error.code}); see what it printed above.")
         errors.annotate(error, process.notes)
         raise error from error.__cause__
+    finally:
+        sender.close()
     result = process.result or {}
     peak = memory.stop() + sender.shared_bytes + int(result.get("peak_memory", 0))
     return Report(time.monotonic() - started, int(result.get("bytes", 0)), peak, result)

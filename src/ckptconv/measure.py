@@ -29,21 +29,25 @@ def available() -> int:
 
 
 class Memory:
-    """Samples `resident` until stopped."""
+    """Samples `resident` until stopped or forgotten: who fails does not ask, and a process may convert many times."""
 
     def __init__(self, interval: float = 0.05) -> None:
-        self._peak = resident()
+        self._peak = [resident()]
         self._stop = threading.Event()
-        self._interval = interval
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        # The thread does not hold `self`, or nobody could forget it.
+        self._thread = threading.Thread(target=_sample, args=(self._peak, self._stop, interval), daemon=True)
         self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._interval):
-            self._peak = max(self._peak, resident())
 
     def stop(self) -> int:
         """The peak, in bytes."""
         self._stop.set()
         self._thread.join()
-        return max(self._peak, resident())
+        return max(*self._peak, resident())
+
+    def __del__(self) -> None:
+        self._stop.set()
+
+
+def _sample(peak: list[int], stop: threading.Event, interval: float) -> None:
+    while not stop.wait(interval):
+        peak[0] = max(peak[0], resident())

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptconv import dialect, dtypes, families, lazy, metadata
+from ckptconv import dialect, dtypes, families, files, lazy, metadata
 from ckptconv.errors import ProtocolError, UsageError
 from ckptconv.lazy import Cast, FileTensor, LazyTensor
 from ckptconv.measure import resident
@@ -70,7 +70,7 @@ class Budget:
 
 
 class _Shared:
-    """Unnamed shared memory, reused. Buffers are never closed while the run lasts: readers keep them open by path."""
+    """Unnamed shared memory, reused. Buffers are closed when the run is over: readers keep them open by path."""
 
     def __init__(self, memory: Budget, returned: Any, alive: Callable[[], None]) -> None:
         self._memory, self._returned, self._alive = memory, returned, alive
@@ -130,6 +130,13 @@ class _Shared:
             count = os.pwrite(self._descriptors[number], data, offset)
             data, offset = data[count:], offset + count
 
+    def close(self) -> None:
+        """Give all memory back: nobody reads it any more."""
+        for number, descriptor in enumerate(self._descriptors):
+            files.forget(self.path(number))  # its number will be another file's
+            os.close(descriptor)
+        self._descriptors.clear()
+
     def path(self, number: int) -> str:
         return f"/proc/{os.getpid()}/fd/{self._descriptors[number]}"
 
@@ -151,6 +158,10 @@ class Sender:
         self._cast: set[str] = set()
         self.finished = False
         self.gave_up = False
+
+    def close(self) -> None:
+        """Give shared memory back, when the other end is gone or has all."""
+        self._shared.close()
 
     @property
     def shared_bytes(self) -> int:

@@ -8,11 +8,8 @@ releases are always in fp32, positions come from a table of sizes, and an export
 from __future__ import annotations
 
 import json
-import os
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,34 +18,12 @@ import torch
 import transformers
 
 from commands import convert, same, weights_of
+from goldens import golden, read
 from inprocess import main
 
-GOLDEN = Path(os.environ.get("CKPTCONV_GOLDEN") or Path(__file__).resolve().parents[2].parent / "shared" / "golden")
-GOLDEN /= "epfl"
-if not GOLDEN.is_dir():
-    pytest.skip(f"no golden checkpoints in {GOLDEN} (set CKPTCONV_GOLDEN)", allow_module_level=True)
+GOLDEN = golden("epfl")
 
 FILE = "model_optim_rng.pt"
-
-
-class _Enum:
-    """Stands for the enums of Megatron-LLM, which is not installed."""
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        return _Enum if module.startswith("megatron.") else super().find_class(module, name)
-
-
-_pickle = SimpleNamespace(Unpickler=_Unpickler, load=pickle.load, __name__="pickle")
-
-
-def _load(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(path, weights_only=False, pickle_module=_pickle)
-    return found
 
 
 def _flat(model: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -64,7 +39,7 @@ def _compare(found: Path, want: Path, dtype: torch.dtype | None = None) -> dict[
     ranks = sorted(path.parent.name for path in want.glob(f"*/{FILE}"))
     assert sorted(path.parent.name for path in found.glob(f"*/{FILE}")) == ranks
     for rank in ranks:
-        ours, theirs = _load(found / rank / FILE), _load(want / rank / FILE)
+        ours, theirs = read(found / rank / FILE), read(want / rank / FILE)
         assert (ours["iteration"], ours["checkpoint_version"]) == (theirs["iteration"], theirs["checkpoint_version"])
         mine, golden = dict(_flat(ours["model"])), dict(_flat(theirs["model"]))
         assert sorted(mine) == sorted(golden)

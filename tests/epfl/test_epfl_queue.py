@@ -7,8 +7,6 @@ their weights from Hugging Face fixtures, turned row by row.
 
 from __future__ import annotations
 
-import importlib
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,10 @@ import torch
 from commands import convert, run, same, weights_of
 from fixtures import logits
 from inprocess import here
+from stand_ins import DONE, LOAD, QUEUE_GET, QUEUE_PUT
 
 Hf = Callable[..., Path]
 Write = Callable[[str, str], str]
-
-NUMBERS = itertools.count()
 
 LOADER = '''
 import json, types
@@ -34,14 +31,7 @@ def add_arguments(parser):
     group = parser.add_argument_group(title="Megatron loader")
     group.add_argument("--true_vocab_size", type=int, default=None)
     group.add_argument("--megatron_path", type=str, default=None)
-
-def load_checkpoint(queue, args):
-    try:
-        _load_checkpoint(queue, args)
-    except:
-        queue.put("exit")
-        raise
-
+''' + LOAD + '''
 def turned(qkv, heads, d):
     """Query and key rows of each group, whose heads are `heads` and a value, from halves into pairs."""
     rows = list(qkv)
@@ -78,11 +68,7 @@ def _load_checkpoint(queue, args):
     md.position_embedding_type = "rotary"
     md.consumed_train_samples = md.consumed_valid_samples = 0
     queue.put(md)
-
-    def queue_put(name, msg):
-        msg["name"] = name
-        queue.put(msg)
-
+''' + QUEUE_PUT + '''
     def pad(weight):
         return torch.cat([weight, weight[-1:].expand(128 * 2 - len(weight), -1)])
 
@@ -132,26 +118,7 @@ def add_arguments(parser):
     group.add_argument("--target_tensor_parallel_size", type=int)
     group.add_argument("--target_pipeline_parallel_size", type=int)
 
-def save_checkpoint(queue, args):
-    def queue_get(name=None):
-        val = queue.get()
-        if val == "exit":
-            print("Loader exited, exiting saver")
-            exit(1)
-        if name is not None and args.checking and val["name"] != name:
-            val_name = val["name"]
-            print(f'Unexpected message. Expecting "{name}" but got "{val_name}". Exiting saver.')
-            exit(1)
-        return val
-
-    def check_message(msg):
-        if not args.checking:
-            return
-        msg_name = msg.pop("name")
-        if len(msg.keys()) > 0:
-            print(f"Unexpected values in {msg_name}: {list(msg)}")
-            exit(1)
-
+def save_checkpoint(queue, args):''' + QUEUE_GET + '''
     md = queue_get()
     if args.target_tensor_parallel_size is None:
         if hasattr(md, 'previous_tensor_parallel_size'):
@@ -181,14 +148,7 @@ def save_checkpoint(queue, args):
         check_message(msg)
     msg = queue_get("final layernorm")
     seen["final layernorm"] = {key: msg.pop(key) for key in (["weight"] if md.use_rms_norm else ["weight", "bias"])}
-    check_message(msg)
-    msg = queue_get()
-    if msg != "done":
-        print("ERROR: got some more data but was expecting to be done")
-        exit(1)
-    os.makedirs(args.save_dir)
-    torch.save(seen, args.save_dir + "/seen.pt")
-'''
+    check_message(msg)''' + DONE
 
 #: A saver of Megatron-LM's generation: names and order of today, and a look at everything in the metadata.
 MEGATRON_SAVER = '''
@@ -242,22 +202,6 @@ def load_checkpoint(queue, args):
 '''
 
 
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """`write("loader", text)`: a module of that kind on the Python path, named as checkpoint_util.py looks for it."""
-    folder = tmp_path / "plugins"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-
-    def make(kind: str, text: str) -> str:
-        name = f"epfl{next(NUMBERS)}"
-        (folder / f"checkpoint_{kind}_{name}.py").write_text(text)
-        importlib.invalidate_caches()
-        return name
-
-    return make
-
-
 def _seen(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(folder / "seen.pt", weights_only=False)
     return found
@@ -280,7 +224,7 @@ MODELS = {"llama2": "llama2", "falcon_7b": "falcon", "falcon_40b": "falcon"}
 @pytest.mark.parametrize("name", list(MODELS))
 def test_its_loader(hf: Hf, write: Write, tmp_path: Path, name: str) -> None:
     """What it sends is the model: in Hugging Face's form, logit by logit, and in Megatron-LLM's own."""
-    source, loader = hf(name), write("loader", LOADER)
+    source, loader = hf(name), write("checkpoint_loader", LOADER)
     flags = ("--loader", loader, "--model_type", MODELS[name], "--true_vocab_size", 131)
     back = convert(source, tmp_path / "hf", "hf", *flags)
     same(weights_of(back), weights_of(source))
@@ -299,7 +243,7 @@ def test_its_loader(hf: Hf, write: Write, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_its_saver(hf: Hf, write: Write, tmp_path: Path, name: str) -> None:
     """It is known by what it reads of the metadata, and gets its own order, names and tensors."""
-    source, saver = hf(name), write("saver", SAVER)
+    source, saver = hf(name), write("checkpoint_saver", SAVER)
     seen = _seen(convert(source, tmp_path / "out", saver, "--model_type", MODELS[name]))
     want = _sent(source, MODELS[name])
     assert list(seen)[2:] == list(want)
@@ -317,7 +261,7 @@ def test_its_saver(hf: Hf, write: Write, tmp_path: Path, name: str) -> None:
 
 def test_its_loader_and_its_saver(hf: Hf, write: Write, tmp_path: Path) -> None:
     """checkpoint_util.py with two plugins of others: messages arrive as they were sent."""
-    names = ["--loader", write("loader", LOADER), "--saver", write("saver", SAVER)]
+    names = ["--loader", write("checkpoint_loader", LOADER), "--saver", write("checkpoint_saver", SAVER)]
     result = here("checkpoint_util", *names, "--model_type", "llama2", "--load_dir", hf("llama2"), "--save_dir",
                   tmp_path / "out", "--no-progress")  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -328,7 +272,7 @@ def test_its_loader_and_its_saver(hf: Hf, write: Write, tmp_path: Path) -> None:
 
 def test_a_saver_of_megatron_lm_is_not_taken_for_one(hf: Hf, write: Write, tmp_path: Path) -> None:
     """It gets today's names, order and tensors from either kind of loader, whatever it prints of the metadata."""
-    saver, loader = write("saver", MEGATRON_SAVER), write("loader", LOADER)
+    saver, loader = write("checkpoint_saver", MEGATRON_SAVER), write("checkpoint_loader", LOADER)
     ours = _seen(convert(hf("llama2"), tmp_path / "ours", saver))
     theirs = _seen(convert(hf("llama2"), tmp_path / "theirs", saver, "--loader", loader, "--true_vocab_size", 131,
                            "--model_type", "llama2"))  # fmt: skip
@@ -342,25 +286,26 @@ def test_a_saver_of_megatron_lm_is_not_taken_for_one(hf: Hf, write: Write, tmp_p
 
 def test_dialect_by_flag(hf: Hf, write: Write, tmp_path: Path) -> None:
     """A saver that reads nothing telling can be told apart by a flag, and a loader taken for one can be, too."""
-    saver = write("saver", MEGATRON_SAVER)
+    saver = write("checkpoint_saver", MEGATRON_SAVER)
     seen = _seen(convert(hf("llama2"), tmp_path / "out", saver, "--queue-dialect", "megatron_llm"))
     assert seen["order"][:2] == ["embeddings", "lm_head"] and seen["position"] == "rotary"
     assert seen["transformer layer 0"]["mlp l0 weight"].shape == (176, 48)
     result = here("--load-dir", hf("llama2"), "--save-dir", tmp_path / "no", "--saver", "hf", "--loader",
-                  write("loader", LOADER), "--queue-dialect", "megatron", "--no-progress")  # fmt: skip
+                  write("checkpoint_loader", LOADER), "--queue-dialect", "megatron", "--no-progress")  # fmt: skip
     assert result.returncode == 4 and not (tmp_path / "no").exists()
 
 
 def test_head_that_comes_too_late(hf: Hf, write: Write, tmp_path: Path) -> None:
     """Real tensors of a loader of Megatron-LM cannot wait in memory for the last of them: said, with what to do."""
     result = here("--load-dir", hf("llama2"), "--save-dir", tmp_path / "out", "--loader",
-                  write("loader", MEGATRON_LOADER), "--saver", write("saver", SAVER), "--no-progress")  # fmt: skip
+                  write("checkpoint_loader", MEGATRON_LOADER), "--saver", write("checkpoint_saver", SAVER),
+                  "--no-progress")  # fmt: skip
     assert result.returncode == 4 and "--saver megatron_llm" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_what_its_messages_cannot_carry(hf: Hf, write: Write, tmp_path: Path) -> None:
-    saver = write("saver", SAVER)
+    saver = write("checkpoint_saver", SAVER)
     for name, word in (("llama31", "rope"), ("qwen2", "biases"), ("llama_both_bias", "gated MLP with biases")):
         result = here("--load-dir", hf(name), "--save-dir", tmp_path / name, "--saver", saver, "--no-progress")
         assert result.returncode == 4 and word in result.stderr, (name, result.stderr)
@@ -368,7 +313,7 @@ def test_what_its_messages_cannot_carry(hf: Hf, write: Write, tmp_path: Path) ->
 
 def test_assumptions_are_said(hf: Hf, write: Write, tmp_path: Path) -> None:
     """The metadata has neither epsilon nor theta: a model type has its usual ones, and it is said."""
-    loader = write("loader", LOADER)
+    loader = write("checkpoint_loader", LOADER)
     result = here("--load-dir", hf("llama2"), "--save-dir", tmp_path / "out", "--saver", "hf", "--loader", loader,
                   "--model_type", "codellama", "--no-progress")  # fmt: skip
     assert result.returncode == 0 and "rope_theta 1000000.0" in result.stderr
@@ -380,5 +325,5 @@ def test_a_broken_message(hf: Hf, write: Write, tmp_path: Path) -> None:
     for old, new in (('"lm_head": pad', '"head": pad'), (heads + "g", heads + "3"),
                      ('queue_put("lm_head"', 'queue_put("lmhead"')):  # fmt: skip
         assert old in LOADER
-        loader = write("loader", LOADER.replace(old, new))
+        loader = write("checkpoint_loader", LOADER.replace(old, new))
         assert run(hf("llama2"), tmp_path / "out", "hf", "--loader", loader, "--model_type", "llama2") == 4

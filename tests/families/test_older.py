@@ -92,17 +92,6 @@ def test_there_and_back(hf: Hf, tmp_path: Path, name: str) -> None:
     assert torch.equal(logits(back, IDS), logits(hf(name), IDS))
 
 
-@pytest.mark.parametrize("name", FIXTURES)
-def test_a_rebuilt_config_computes_the_same(hf: Hf, tmp_path: Path, name: str) -> None:
-    """The config that is written when none came with the weights, read by transformers."""
-    spec = SPECS[name]
-    data = FAMILIES[spec.family].config(spec)
-    shutil.copytree(hf(name), tmp_path / "out")
-    (tmp_path / "out" / "config.json").write_text(json.dumps(data))
-    assert families.of_config(data, "").spec(data, "") == spec
-    assert torch.allclose(logits(tmp_path / "out", IDS), logits(hf(name), IDS), atol=1e-5)
-
-
 @pytest.mark.parametrize("name", ["gpt2", "falcon_40b", "bert", "t5_v11"])
 def test_half_precision(hf: Hf, tmp_path: Path, name: str) -> None:
     source = hf(name, dtype="bfloat16")
@@ -144,7 +133,7 @@ def test_the_head_of_a_megatron_bert_has_its_own_activation(
     there = convert(hf("megatron_bert_tanh"), tmp_path / "there", "megatron_mcore", "--allow-inexact")
     shutil.rmtree(there / "hf")
     (there / "iter_0000001" / "ckptconv.json").unlink()
-    assert run(there, tmp_path / "back", "hf") == 3
+    assert run(there, tmp_path / "back", "hf") == 7
     assert "head_activation" in capsys.readouterr().err
 
 

@@ -1,22 +1,17 @@
 """Checkpoints that other systems' own converters wrote compute what the models they were made of do, bit for bit.
 
-Expected values: files of NVIDIA's Megatron-LM, Intel Gaudi's, epfLLM's and MindSpore's converters, beside the project
-or in $CKPTCONV_GOLDEN.
+Expected values: files of NVIDIA's Megatron-LM, Intel Gaudi's, epfLLM's and MindSpore's converters.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import streams
 
+from goldens import golden
 from inprocess import here
 
-GOLDEN = Path(os.environ.get("CKPTCONV_GOLDEN") or Path(__file__).resolve().parents[2].parent / "shared" / "golden")
-if not GOLDEN.is_dir():
-    pytest.skip(f"no golden checkpoints in {GOLDEN} (set CKPTCONV_GOLDEN)", allow_module_level=True)
+GOLDEN = golden()
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,12 @@
 """Against what Gaudi Megatron-LM 1.24.0's own converters read and wrote.
 
-The checkpoints are not part of the project; see tests/golden. `mlm` are in the layout that the fork's model reads, `hf`
+`mlm` are in the layout that the fork's model reads, `hf`
 and `mcore` are what its converters made, `inputs` the Hugging Face models behind all of them.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
-import types
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +16,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from commands import same, weights_of
+from goldens import golden, read
 from inprocess import here, main
 
-GOLDEN = Path(os.environ.get("CKPTCONV_GOLDEN") or Path(__file__).resolve().parents[2].parent / "shared" / "golden")
-HOME = GOLDEN / "gaudi"
-if not HOME.is_dir():
-    pytest.skip(f"no golden checkpoints in {GOLDEN} (set CKPTCONV_GOLDEN)", allow_module_level=True)
+HOME = golden("gaudi")
 
 CASES = {"llama_gqa_tp2pp2ep1": ("llama_gqa", "llama2"), "mixtral_tp1pp2ep2_bins": ("mixtral", "mixtral")}
 #: transformers writes them, or they follow from the vocabulary, which upstream leaves padded for Mixtral.
@@ -92,26 +87,6 @@ def test_found_without_a_name(tmp_path: Path) -> None:
     notes = json.loads((tmp_path / "out" / "ckptconv.json").read_text())["notes"]
     assert any("capacity bins" in note for note in notes)
     assert not (tmp_path / "out" / "capacity_bins.pt").exists()
-
-
-class _Anything:
-    def __init__(self, *args: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        known = module.split(".")[0] in ("torch", "collections", "argparse")
-        return super().find_class(module, name) if known else _Anything
-
-
-def read(path: Path) -> dict[str, Any]:
-    module: Any = types.ModuleType("stand_in")
-    module.Unpickler = _Unpickler
-    module.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)
-    return content
 
 
 @pytest.mark.parametrize("divisor", [None, 1])

@@ -1,17 +1,12 @@
 """Against checkpoints that other systems' own converters wrote, tensor by tensor, in both directions.
 
 Expected values: NVIDIA Megatron-LM core 0.16.1 (`megatron/`), Intel Gaudi's Megatron-LM (`gaudi/mcore`), and
-Megatron-LM core 0.12 with MindSpore's `core_mf` loader (`mindspore/`). The checkpoints are not part of the project:
-they are looked for in $CKPTCONV_GOLDEN or in ../shared/golden beside it. Their pickled `args` hold classes of the
-systems that wrote them and are read here by a stand-in unpickler.
+Megatron-LM core 0.12 with MindSpore's `core_mf` loader (`mindspore/`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from fixtures import logits
+from goldens import GOLDEN, golden, read
 from inprocess import here
 
-GOLDEN = Path(os.environ.get("CKPTCONV_GOLDEN") or Path(__file__).resolve().parents[2].parent / "shared" / "golden")
-if not GOLDEN.is_dir():
-    pytest.skip(f"no golden checkpoints in {GOLDEN} (set CKPTCONV_GOLDEN)", allow_module_level=True)
+golden()
 
 
 @dataclass(frozen=True)
@@ -65,34 +59,6 @@ ARGUMENTS = (
     "padded_vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "params_dtype",
 )  # fmt: skip
-
-
-class _Anything:
-    """An instance of any class that is not installed."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        self.args = args
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] in ("torch", "collections", "argparse"):
-            return super().find_class(module, name)
-        return type(name, (_Anything,), {})
-
-
-_stand_in: Any = types.ModuleType("stand_in")
-_stand_in.Unpickler = _Unpickler
-_stand_in.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
-
-
-def read(file: Path) -> dict[str, Any]:
-    """A model_optim_rng.pt; classes of other packages become `_Anything`."""
-    content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False, pickle_module=_stand_in)
-    return content
 
 
 def ranks(checkpoint: Path) -> dict[str, dict[str, Any]]:

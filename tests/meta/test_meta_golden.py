@@ -6,19 +6,15 @@ whose qkv is grouped but keeps Meta's rotary order, and whose first MLP matrix i
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import meta_reference
-import pytest
 import torch
 
 from commands import convert, same, weights_of
+from goldens import golden
 
-GOLDEN = Path(os.environ.get("CKPTCONV_GOLDEN") or Path(__file__).resolve().parents[2].parent / "shared" / "golden")
-GOLDEN /= "epfl"
-if not GOLDEN.is_dir():
-    pytest.skip(f"no golden checkpoints in {GOLDEN} (set CKPTCONV_GOLDEN)", allow_module_level=True)
+GOLDEN = golden("epfl")
 
 
 def test_equal_to_the_hugging_face_files(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import fixtures
-from ckptconv.cli import main
 from commands import convert, run, same, weights_of
+from inprocess import main
 
 META = """--model-type GPT --loader llama_mistral --load-dir {meta} --model-size llama2-7B --checkpoint-type meta
     --tokenizer-model {tokenizer} --saver core --save-dir {out} --target-tensor-parallel-size 2

@@ -342,7 +342,7 @@ def test_documented_command(biased: tuple[Path, Path], tmp_path: Path) -> None:
         (("--num-attention-heads", 16, "--num-query-groups", 16), "--num-query-groups 16, found 8"),
         (("--num-attention-heads", 24), "is not 24 heads of 2"),
         (("--padded-vocab-size", 2048), "--padded-vocab-size 2048, found 2000"),
-        (("--true-vocab-size", 2048), "a vocabulary of 2048 was said, but the embedding has 2000 rows"),
+        (("--true-vocab-size", 2048), "but the embedding has 2000 rows"),
         (("--normalization", "LayerNorm"), "--normalization LayerNorm, found RMSNorm"),
         (("--position-embedding-type", "learned_absolute"), "--position-embedding-type learned_absolute, found rope"),
     ],

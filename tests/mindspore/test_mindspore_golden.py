@@ -1,27 +1,18 @@
-"""Against files that MindSpore 2.10 wrote, and what NVIDIA's core_r0.12.0 made of them with the core_mf loader.
-
-The checkpoints are not part of the project; see tests/golden.
-"""
+"""Against files that MindSpore 2.10 wrote, and what NVIDIA's core_r0.12.0 made of them with the core_mf loader."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from commands import same, weights_of
+from goldens import golden, read
 from inprocess import here, main
 
-GOLDEN = Path(os.environ.get("CKPTCONV_GOLDEN") or Path(__file__).resolve().parents[2].parent / "shared" / "golden")
-HOME = GOLDEN / "mindspore"
-if not HOME.is_dir():
-    pytest.skip(f"no golden checkpoints in {GOLDEN} (set CKPTCONV_GOLDEN)", allow_module_level=True)
+HOME = golden("mindspore")
 
 LAYOUTS = ("interleaved", "contiguous")
 FORMS = ("single.safetensors", "single.ckpt", "merged")
@@ -66,26 +57,11 @@ def test_same_files_as_mindspore(model: str, layout: str, tmp_path: Path) -> Non
         assert file.metadata() == {"format": "ms"}
 
 
-class _Anything:
-    def __init__(self, *args: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        known = module.split(".")[0] in ("torch", "collections", "argparse")
-        return super().find_class(module, name) if known else _Anything
-
-
 def rank_files(top: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Path -> tensors of every rank file of a Megatron checkpoint."""
-    module: Any = types.ModuleType("stand_in")
-    module.Unpickler = _Unpickler
-    module.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
     found = {}
     for path in sorted(top.glob("iter_*/*/model_optim_rng.pt")):
-        model = torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)["model"]
+        model = read(path)["model"]
         found[str(path.relative_to(top))] = {k: v for k, v in model.items() if not k.endswith("_extra_state")}
     return found
 

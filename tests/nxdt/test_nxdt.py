@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -381,22 +378,6 @@ def test_full_state_file(example: Path, tmp_path: Path) -> None:
     assert not list(out.glob("*.safetensors"))
     convert(out, tmp_path / "back", "hf")
     same(weights_of(tmp_path / "back"), full(example))
-
-
-def test_example_script(tmp_path: Path) -> None:
-    source = build(tmp_path / "source", hidden_size=32, num_attention_heads=8, num_key_value_heads=8)
-    command = tmp_path / "bin" / "ckptconv"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m ckptconv --no-progress "$@"\n')
-    command.chmod(0o755)
-    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
-    top = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [top / "examples" / "nxdt.sh", source, tmp_path / "out"], capture_output=True, text=True,
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(top / "src")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    same(weights_of(tmp_path / "out-hf"), full(source))
 
 
 # Variants of xser

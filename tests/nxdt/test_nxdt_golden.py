@@ -1,13 +1,11 @@
 """Against files that AWS's own converter wrote, tensor by tensor, in both directions.
 
-The checkpoints are not part of the project: they are looked for in $CKPTCONV_GOLDEN or in ../shared/golden beside it.
 Elements of the inputs are unique numbers, so that a row in the wrong place is seen.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import nxdt_files
@@ -15,12 +13,9 @@ import pytest
 import torch
 
 from commands import Weights, convert, same
+from goldens import golden
 
-GOLDEN = (
-    Path(os.environ.get("CKPTCONV_GOLDEN") or Path(__file__).resolve().parents[2].parent / "shared" / "golden") / "nxdt"
-)
-if not GOLDEN.is_dir():
-    pytest.skip(f"no golden checkpoints in {GOLDEN} (set CKPTCONV_GOLDEN)", allow_module_level=True)
+GOLDEN = golden("nxdt")
 
 CASES = {case["case"]: case for case in json.loads((GOLDEN / "cases.json").read_text())}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
@@ -27,6 +26,7 @@ from ckptconv import plugins, transport
 from ckptconv.cli import main
 from ckptconv.errors import UsageError
 from fixtures import config
+from stand_ins import DONE, LOAD, QUEUE_GET, QUEUE_PUT
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -36,7 +36,6 @@ Weights = dict[str, torch.Tensor]
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "plugins"
-NUMBERS = itertools.count()
 
 # Stand-ins. %(x)s are the words in which the two generations differ.
 
@@ -49,14 +48,7 @@ def add_arguments(parser):
     group = parser.add_argument_group(title="Llama loader.")
     group.add_argument("--true-vocab-size", type=int, default=None)
     group.add_argument("--megatron-path", type=str, default=None)
-
-def load_checkpoint(queue, args):
-    try:
-        _load_checkpoint(queue, args)
-    except:
-        queue.put("exit")
-        raise
-
+''' + LOAD + '''
 def _load_checkpoint(queue, args):
     c = json.load(open(args.load_dir + "/config.json"))
     w = load_file(args.load_dir + "/model.safetensors")
@@ -71,11 +63,7 @@ def _load_checkpoint(queue, args):
     md.previous_tensor_parallel_size = md.previous_pipeline_parallel_size = 1
     %(metadata)s
     queue.put(md)
-
-    def queue_put(name, msg):
-        msg["name"] = name
-        queue.put(msg)
-
+''' + QUEUE_PUT + '''
     def pad(weight):
         return torch.cat([weight, torch.zeros(%(rows)s - len(weight), h)])
 
@@ -108,26 +96,7 @@ def add_arguments(parser):
     group.add_argument("--megatron-path", type=str, default=None)
     group.add_argument("--target-tensor-parallel-size", type=int)
 
-def save_checkpoint(queue, args):
-    def queue_get(name=None):
-        val = queue.get()
-        if val == "exit":
-            print("Loader exited, exiting saver")
-            exit(1)
-        if name is not None and args.checking and val["name"] != name:
-            val_name = val["name"]
-            print(f'Unexpected message. Expecting "{name}" but got "{val_name}". Exiting saver.')
-            exit(1)
-        return val
-
-    def check_message(msg):
-        if not args.checking:
-            return
-        msg_name = msg.pop("name")
-        if len(msg.keys()) > 0:
-            print(f"Unexpected values in {msg_name}: {list(msg)}")
-            exit(1)
-
+def save_checkpoint(queue, args):''' + QUEUE_GET + '''
     md = queue_get()
     assert not isinstance(md, dict)
     seen = {"md": {k: str(v) for k, v in vars(md).items()}}
@@ -148,14 +117,7 @@ def save_checkpoint(queue, args):
         take(f"transformer layer {layer}", keys)
     take("%(final)s", ["weight"])
     if md.output_layer:
-        take("output layer", ["weight"])
-    msg = queue_get()
-    if msg != "done":
-        print("ERROR: got some more data but was expecting to be done")
-        exit(1)
-    os.makedirs(args.save_dir)
-    torch.save(seen, args.save_dir + "/seen.pt")
-'''
+        take("output layer", ["weight"])''' + DONE
 
 NEW = {"input": "input norm weight", "post": "post norm weight", "final": "final norm"}
 OLD = {"input": "input layernorm weight", "post": "post layernorm weight", "final": "final layernorm"}
@@ -187,22 +149,6 @@ NEW_SAVER = SAVER % (
 OLD_SAVER = SAVER % (OLD | {"metadata": "seen['divisor'] = md.make_vocab_size_divisble_by"})
 
 LOADERS, SAVERS = {"new": NEW_LOADER, "old": OLD_LOADER}, {"new": NEW_SAVER, "old": OLD_SAVER}
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """`write("loader", text)`: a module of that kind on the Python path; returns the NAME to give."""
-    folder = tmp_path / "plugins"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-
-    def make(kind: str, text: str) -> str:
-        name = f"t{os.getpid()}_{next(NUMBERS)}"
-        (folder / f"{kind}_{name}.py").write_text(text)
-        importlib.invalidate_caches()
-        return name
-
-    return make
 
 
 def convert(source: Path, out: Path, *flags: object, main: Callable[[list[str]], int] = inprocess.main) -> int:

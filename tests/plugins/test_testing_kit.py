@@ -22,7 +22,6 @@ from test_protocol import (
     WRONG_LOADERS,
     Hf,
     Write,
-    write,
     wrong,
 )
 
@@ -32,8 +31,6 @@ from ckptconv.testing import __main__ as command
 from ckptconv.testing import saving
 from ckptconv.testing.models import MODELS
 from inprocess import here
-
-__all__ = ["write"]  # the fixture
 
 
 def loader(hf: Hf, name: str) -> testing.Report:

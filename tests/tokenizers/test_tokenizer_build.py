@@ -318,7 +318,7 @@ def test_a_truncated_model_is_refused(at: float, trained: Trained, tmp_path: Pat
         (lambda lines: lines[:-1], None),
         (lambda lines: [*lines[:5], *lines[6:]], "are not 0, 1"),
         (lambda lines: [*lines, b"%%% 12"], "expected base64 and a rank"),
-        (lambda lines: lines[:200], "are not 0, 1, ... with all 256 bytes"),
+        (lambda lines: lines[:200], "are not 0, 1 and so on, with all 256 bytes"),
     ],
 )
 def test_damaged_ranks_are_refused(edit: Any, said: str | None, ranks: Path, tmp_path: Path) -> None:
