@@ -14,10 +14,13 @@ import itertools
 import json
 import logging
 import os
+import queue
+import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +29,15 @@ from ckptconv.errors import CkptconvError
 
 log = logging.getLogger("ckptconv")
 
-#: Seconds after which a process that has stopped counting is taken for dead, and those it has to begin with it.
+#: Seconds after which a process that has stopped counting, or a store that does not answer, is taken for dead, and
+#: those a process has to begin with it.
 SILENT, LATE = 20.0, 300.0
 #: Seconds that a process which fails waits for the others to have heard of it.
 HEARD = 5.0
 _BEAT, _POLL = 1.0, 0.1
 _LEFT = "left"
-_numbers = itertools.count()
-_stores: list[Any] = []
+_stores: list[_Store] = []
+_AGENT = "torchrun stops all processes of a machine when one of them is gone: its report says which."
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,49 @@ class Failed(CkptconvError):
         self.exit_code, self.wrong = exit_code, wrong
 
 
+class _Store:
+    """The store of torchrun's rendezvous. A thread of its own asks it: it may never answer, and says so to nobody."""
+
+    def __init__(self, seat: Seat) -> None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that is gone is told of below, in one line
+        import torch.distributed
+
+        dist: Any = torch.distributed
+        try:
+            self._store = next(dist.rendezvous("env://", seat.rank, seat.ranks))[0]
+        except Exception as error:
+            raise CkptconvError(f"the store of torchrun's rendezvous was not reached: {error}.") from error
+        self._questions: queue.SimpleQueue[tuple[Callable[[Any], Any], Any]] = queue.SimpleQueue()
+        self._gone = ""
+        threading.Thread(target=self._answer, name="store", daemon=True).start()
+
+    def ask(self, question: Callable[[Any], Any]) -> Any:
+        """What the store answers. Raises CkptconvError when it is gone."""
+        answer: queue.SimpleQueue[tuple[Any, str]] = queue.SimpleQueue()
+        value, wrong = None, self._gone
+        if not wrong:
+            self._questions.put((question, answer))
+            try:
+                value, wrong = answer.get(timeout=SILENT)
+            except queue.Empty:
+                wrong = f"no answer for {SILENT:.0f} s"
+        if wrong:
+            self._gone = wrong
+            raise CkptconvError(
+                f"the store of torchrun's rendezvous does not answer any more ({wrong}): the job was stopped, or "
+                "the machine of rank 0 is gone or not reached. --resume goes on where the job stopped."
+            )
+        return value
+
+    def _answer(self) -> None:
+        while True:
+            question, answer = self._questions.get()
+            try:
+                answer.put((None, self._gone) if self._gone else (question(self._store), ""))
+            except Exception as error:
+                answer.put((None, next(iter(str(error).strip().splitlines()), "") or type(error).__name__))
+
+
 class Team:
     """This process among the others. Use as a context manager around all that it does for the job.
 
@@ -68,20 +115,15 @@ class Team:
     """
 
     def __init__(self, seat: Seat) -> None:
-        import torch.distributed
-
-        dist: Any = torch.distributed
         self.rank, self.ranks, self.here = seat.rank, seat.ranks, seat.here
         self.failure: Failed | None = None
         if not _stores:
-            try:
-                _stores.append(next(dist.rendezvous("env://", seat.rank, seat.ranks))[0])
-            except Exception as error:
-                raise CkptconvError(f"the store of torchrun's rendezvous was not reached: {error}.") from error
-        # A program may convert more than once; all its processes do so in the same order.
-        self._store = dist.PrefixStore(f"ckptconv/{next(_numbers)}", _stores[0])
-        self._lock = threading.RLock()
+            _stores.append(_Store(seat))
+        self._store = _stores[0]
+        self._greeted: dict[int, str] = {}
+        self._place = self._met()
         self._told = self._noticed = False
+        self._awaited = list(range(1, self.ranks)) if self.rank == 0 else []
         self._deadline = 0.0
         self._over = threading.Event()
         self._beats: dict[int, tuple[str, float]] = {}
@@ -93,6 +135,10 @@ class Team:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
         self._noticed = True
+        with deaf() if error is not None else contextlib.nullcontext():
+            self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         if error is not None:
             with contextlib.suppress(CkptconvError):
                 self._look()
@@ -107,26 +153,49 @@ class Team:
         finally:
             self._over.set()
             self._thread.join(timeout=_BEAT)
-            with contextlib.suppress(Exception), self._lock:
-                self._store.set(f"alive/{self.rank}", _LEFT)
+            with contextlib.suppress(CkptconvError):
+                self.say(f"alive/{self.rank}", _LEFT)
+        if error is not None:
+            _report(failure or error)
         if failure is not None and error is not None and not isinstance(error, Failed):
+            errors.annotate(failure, errors.notes(error))
             raise failure from None
+
+    def _met(self) -> str:
+        """Where in the store this job speaks: before a restart by torchrun an earlier one has spoken there too."""
+        if self.rank == 0:
+            return f"ckptconv/{self._store.ask(lambda store: store.add('ckptconv/jobs', 1))}/"
+        word, end = uuid.uuid4().hex, time.monotonic() + LATE
+        self._write(f"ckptconv/hello/{self.rank}", word)
+        while (place := self._read(f"ckptconv/welcome/{word}")) is None:
+            if time.monotonic() > end:
+                raise CkptconvError(f"rank 0 has not begun within {LATE:.0f} s: is it there?")
+            time.sleep(_POLL)
+        return place
+
+    def _welcome(self) -> None:
+        """Tell the processes that have come where this job speaks."""
+        self._awaited = [rank for rank in self._awaited if self.heard(f"alive/{rank}") is None]
+        for rank in self._awaited:
+            word = self._read(f"ckptconv/hello/{rank}")
+            if word and word != self._greeted.get(rank):
+                self._write(f"ckptconv/welcome/{word}", self._place)
+                self._greeted[rank] = word
+
+    def _read(self, key: str) -> str | None:
+        found = self._store.ask(lambda store: store.get(key) if store.check([key]) else None)
+        return None if found is None else found.decode()
+
+    def _write(self, key: str, text: str) -> None:
+        self._store.ask(lambda store: store.set(key, text))
 
     def say(self, key: str, text: str = "") -> None:
         """Tell all others. Raises CkptconvError when the store is gone."""
-        try:
-            with self._lock:
-                self._store.set(key, text)
-        except Exception as error:
-            raise self._lost(error) from error
+        self._write(self._place + key, text)
 
     def heard(self, key: str) -> str | None:
         """What was said under `key`, if anything was. Raises CkptconvError."""
-        try:
-            with self._lock:
-                return self._store.get(key).decode() if self._store.check([key]) else None
-        except Exception as error:
-            raise self._lost(error) from error
+        return self._read(self._place + key)
 
     def hear(self, key: str) -> str:
         """What is said under `key`, when it is. Raises Failed when a process failed before."""
@@ -139,11 +208,7 @@ class Team:
 
     def take(self, key: str) -> int:
         """A number that no other process gets: 0, 1, ... Raises CkptconvError."""
-        try:
-            with self._lock:
-                return int(self._store.add(key, 1)) - 1
-        except Exception as error:
-            raise self._lost(error) from error
+        return int(self._store.ask(lambda store: store.add(self._place + key, 1))) - 1
 
     def check(self) -> None:
         """Raise Failed when another process has failed."""
@@ -156,9 +221,9 @@ class Team:
         if self._told or self.failure is not None:
             return
         self._told = True
-        said = str(error) or ("was interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__)
-        if isinstance(error, KeyboardInterrupt):
-            said += ". (torchrun stops all processes of a machine when one of them is gone: its report says which.)"
+        said = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__)
+        if isinstance(error, KeyboardInterrupt) and str(error):  # not by a terminal
+            errors.annotate(error, [_AGENT])
         text = "\n".join([said, *errors.notes(error)])
         code = error.exit_code if isinstance(error, CkptconvError) else CkptconvError.exit_code
         data = {"rank": self.rank, "host": socket.gethostname(), "text": text, "code": code, "wrong": wrong}
@@ -192,18 +257,15 @@ class Team:
     def _watch(self) -> None:
         for beat in itertools.count():
             try:
-                with self._lock:
-                    self._store.set(f"alive/{self.rank}", str(beat))
+                self.say(f"alive/{self.rank}", str(beat))
+                self._welcome()
                 self._look()
                 if self.failure is None and not self._told:
                     self._listen()
             except CkptconvError as error:
                 if not self._over.is_set():
                     self._found(Failed(str(error), error.exit_code, wrong=False))
-            except Exception as error:
-                if not self._over.is_set():
-                    self._found(Failed(str(self._lost(error)), CkptconvError.exit_code, wrong=False))
-            if self._over.wait(_BEAT):
+            if self._over.wait(_POLL if self._awaited else _BEAT):
                 return
             if self.failure is not None and not self._noticed:
                 self._noticed = True
@@ -238,12 +300,29 @@ class Team:
         if self.failure is None:
             self.failure = failure
 
-    def _lost(self, error: BaseException) -> CkptconvError:
-        first = str(error).strip().splitlines()
-        return CkptconvError(
-            f"the store of torchrun's rendezvous does not answer any more ({first[0] if first else error}): the job "
-            "was stopped, or the machine of rank 0 is gone. --resume goes on where the job stopped."
-        )
+
+def _report(error: BaseException) -> None:
+    """Leave the message where torchrun looks for it: its own report has it then."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    text = str(error) or type(error).__name__
+    more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError), open(path, "w") as file:
+        json.dump({"message": {"message": text, "errorCode": 1, "extraInfo": more}}, file)
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Ignore signals: torchrun stops the others as soon as one has ended, and a loader its saver, and both clean up."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers if main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 from ckptconv.checksum import crc32
 from ckptconv.errors import CkptconvError, SourceError, TargetError, some
 from ckptconv.staging import DAMAGED, JOURNALS, Digests, Staging, Stopped, add_digests, is_wrong, read_journal
-from ckptconv.team import Team
+from ckptconv.team import Failed, Team, deaf
 
 _PLAN = "plan.json"
 #: Bytes of both ends of a source file that all processes compare: safetensors and torch files keep their headers there.
@@ -30,7 +30,11 @@ PATIENCE = 60.0
 
 
 class Elsewhere(Stopped):
-    """Another process failed, and has said so."""
+    """Another process failed, and has said so. `wrong`: there is nothing to continue."""
+
+    def __init__(self, text: str, wrong: bool) -> None:
+        super().__init__(text)
+        self.wrong = wrong
 
 
 class Line:
@@ -51,7 +55,7 @@ class Line:
         except (EOFError, OSError) as error:
             raise Stopped("the loader's process is gone.") from error
         if failure is not None:
-            raise Elsewhere(failure)
+            raise Elsewhere(*failure)
         return answer
 
     def say(self, key: str, text: str = "") -> None:
@@ -86,7 +90,7 @@ def serve(pipe: Any, team: Team) -> None:
                 team.fail(_as_error(text, code), wrong)
                 team.alone()
         except CkptconvError as error:
-            failure = str(error)
+            failure = str(error), isinstance(error, Failed) and error.wrong
         try:
             pipe.send((number, answer, failure))
         except OSError:
@@ -114,8 +118,10 @@ class First(Staging):
     def begin(self, fingerprint: dict[str, Any], planned: dict[str, int]) -> None:
         """Prepare, deal out, tell the others."""
         super().begin(fingerprint, planned)
-        for old in self.partial.glob(JOURNALS):
-            old.unlink()  # the first journal has what they say
+        if before := list(self.partial.glob(JOURNALS)):
+            self._note(durable=True)  # the first journal has what they say
+            for old in before:
+                old.unlink()
         plan = {
             "fingerprint": _comparable(self._fingerprint),
             "headers": _headers(self._fingerprint),
@@ -149,15 +155,13 @@ class First(Staging):
         self._line.say("published")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
-        if error is not None:
-            with contextlib.suppress(Stopped):
-                self._line.alone(error, is_wrong(error))  # what they write is removed with the rest
-            for path in self.partial.glob(JOURNALS) if self._begun else ():
-                with contextlib.suppress(OSError, *DAMAGED):
-                    finished, digests, _ = read_journal(path.read_bytes())
-                    self.finished |= finished
-                    add_digests(self.digests, digests)
-        super().__exit__(kind, error, *rest)
+        with deaf():
+            if error is not None:
+                with contextlib.suppress(Stopped):
+                    self._line.alone(error, is_wrong(error))  # what they write is removed with the rest
+                if self._begun:
+                    _collect(self, JOURNALS)
+            super().__exit__(kind, error, *rest)
 
 
 class Part(Staging):
@@ -176,9 +180,11 @@ class Part(Staging):
         own = _comparable(self._fingerprint)
         changed = [key for key in {**plan["fingerprint"], **own} if plan["fingerprint"].get(key) != own.get(key)]
         headers = _headers(self._fingerprint)
-        other = [name for name in headers if plan["headers"].get(name) != headers[name]]
+        there, here = (dict(one["source files"]) for one in (plan["fingerprint"], own))
+        differ = [path for path in {**there, **here} if there.get(path) != here.get(path)]
+        other = differ or [path for path in headers if plan["headers"].get(path) != headers[path]]
         if changed or other or plan["files"] != planned:
-            what = f"in {some(changed)}" if changed else f"in {some(other)}" if other else "in the files it would write"
+            what = f"in {some(other or changed)}" if other or changed else "in the files it would write"
             raise SourceError(
                 f"{own['source']}: rank {self.rank} sees another checkpoint or has other flags than rank 0 "
                 f"(they differ {what}). All ranks need the same flags and the same --load-dir, on a shared file system."
@@ -195,6 +201,14 @@ class Part(Staging):
         self._line.say(f"done/{self.rank}", _mark((self.partial / self.journal).read_bytes()))
         return {}
 
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
+        with deaf():
+            if error is not None and self._begun and not self._published:
+                with contextlib.suppress(TargetError):
+                    self._note()
+                _collect(self, "journal*.json")  # what is said of them is said of all
+            super().__exit__(kind, error, *rest)
+
     def add(self, name: str, data: bytes) -> None:
         """Rank 0 does that."""
 
@@ -208,6 +222,15 @@ class Part(Staging):
 
     def discard(self) -> None:
         """Rank 0 does that."""
+
+
+def _collect(staging: Staging, journals: str) -> None:
+    """Add what journals of other processes say is finished."""
+    for path in staging.partial.glob(journals):
+        with contextlib.suppress(OSError, *DAMAGED):
+            finished, digests, _ = read_journal(path.read_bytes())
+            staging.finished |= finished
+            add_digests(staging.digests, digests)
 
 
 def _journal(rank: int) -> str:
