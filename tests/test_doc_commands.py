@@ -376,8 +376,10 @@ def is_elsewhere(line: str) -> bool:
 
 def shown(line: str) -> re.Pattern[str]:
     """What a line of a `console` block has to look like: spaces, times, sizes may differ, and `...` is anything."""
-    line = re.sub(r"\d[\d.,]*(?= ?(?:s|GB|MB|kB|MiB|GiB|bytes|MB/s)\b)", "\0", " ".join(line.split()))
-    return re.compile(re.escape(line).replace("\0", r"[\d.,]+").replace(r"\.\.\.", ".*"))
+    line = re.sub(r"\d[\d.,]* ?(?:GB|MB|kB|MiB|GiB|bytes)\b", "\1", " ".join(line.split()))
+    line = re.sub(r"\d[\d.,]*(?= ?s\b)", "\0", line)
+    line = re.escape(line).replace("\0", r"[\d.,]+").replace("\1", r"[\d.,]+ (?:[kMG]i?B|bytes)")
+    return re.compile(line.replace(r"\.\.\.", ".*"))
 
 
 def check(page: Path, place: Place) -> None:

@@ -26,8 +26,9 @@ from typing import Any
 from ckptconv import errors, measure, plugins, together, transport
 from ckptconv.errors import CkptconvError, ProtocolError, UsageError
 from ckptconv.plugins import Plugin
+from ckptconv.signals import deaf
 from ckptconv.staging import Staging, Stopped, is_wrong
-from ckptconv.team import Team, deaf
+from ckptconv.team import Team
 
 log = logging.getLogger("ckptconv")
 

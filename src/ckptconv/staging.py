@@ -12,11 +12,9 @@ import fcntl
 import json
 import os
 import shutil
-import signal
-import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from ckptconv import files
 from ckptconv.errors import CkptconvError, TargetError, UsageError, annotate, some
 from ckptconv.files import PARTIAL
 from ckptconv.shares import dealt
+from ckptconv.signals import deaf
 
 _REPLACED = ".ckptconv-replaced"
 _JOURNAL, _LOCK = "journal.json", "lock"
@@ -241,7 +240,7 @@ class Staging:
             os.replace(source, target)
             moved.append((source, target))
 
-        with _uninterrupted():
+        with deaf():
             try:
                 for name in dict.fromkeys([*last[::-1], *first, *stale]):
                     if (self.target / name).exists() and (aside / name).exists():
@@ -339,19 +338,6 @@ def add_digests(known: Digests, more: Digests) -> None:
         for key, runs in keys.items():
             there = known.setdefault(message, {}).setdefault(key, [])
             there += [run for run in runs if run not in there]
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ignore what would end the process between two renames: by then it is quicker to finish."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers if main}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _check_room(target: Path, needed: int, free: int) -> None:

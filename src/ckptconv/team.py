@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import queue
-import signal
 import socket
 import threading
 import time
@@ -26,6 +25,7 @@ from typing import Any
 
 from ckptconv import errors
 from ckptconv.errors import CkptconvError
+from ckptconv.signals import deaf
 
 log = logging.getLogger("ckptconv")
 
@@ -310,19 +310,6 @@ def _report(error: BaseException) -> None:
     more = {"py_callstack": text, "timestamp": str(int(time.time()))}
     with contextlib.suppress(OSError), open(path, "w") as file:
         json.dump({"message": {"message": text, "errorCode": 1, "extraInfo": more}}, file)
-
-
-@contextlib.contextmanager
-def deaf() -> Iterator[None]:
-    """Ignore signals: torchrun stops the others as soon as one has ended, and a loader its saver, and both clean up."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers if main}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

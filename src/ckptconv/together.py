@@ -19,8 +19,9 @@ from typing import Any
 
 from ckptconv.checksum import crc32
 from ckptconv.errors import CkptconvError, SourceError, TargetError, some
+from ckptconv.signals import deaf
 from ckptconv.staging import DAMAGED, JOURNALS, Digests, Staging, Stopped, add_digests, is_wrong, read_journal
-from ckptconv.team import Failed, Team, deaf
+from ckptconv.team import Failed, Team
 
 _PLAN = "plan.json"
 #: Bytes of both ends of a source file that all processes compare: safetensors and torch files keep their headers there.
