@@ -1,6 +1,6 @@
 """One conversion on several ranks of torchrun: how it scales here, and what 8 x 8 ranks would do to DeepSeek-V3.
 
-    python benchmarks/ranks.py [--size 2GB] [--runs 5] [--directory /tmp/ckptconv-bench]
+    python benchmarks/ranks.py [--size 8GB] [--runs 5] [--directory /tmp/ckptconv-bench]
 
 The plan is made from files of holes with real headers: bytes that each rank would read and write, beside headers.
 """
@@ -83,7 +83,7 @@ def plans(directory: Path) -> list[str]:
 
 if __name__ == "__main__":
     given = argparse.ArgumentParser(description=__doc__)
-    given.add_argument("--size", choices=models.SIZES, default="2GB")
+    given.add_argument("--size", choices=models.SIZES, default="8GB")
     given.add_argument("--runs", type=int, default=5)
     given.add_argument("--directory", type=Path, default=Path("/tmp/ckptconv-bench"))
     wanted = given.parse_args()

@@ -39,7 +39,7 @@ def main() -> None:
         "",
         *ranks.PLAN_HEAD, *ranks.plans(wanted.directory),
         "",
-        *ranks.HEAD, *ranks.scaling("2GB", wanted.runs, wanted.directory),
+        *ranks.HEAD, *ranks.scaling(wanted.size, wanted.runs, wanted.directory),
     ]  # fmt: skip
     before, rest = README.read_text().split("<!-- measured -->")
     after = rest.split("<!-- end -->", 1)[1]
