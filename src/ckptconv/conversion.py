@@ -52,8 +52,12 @@ class _Saver:
     def __init__(self, plugin: Plugin, args: Namespace, team: Team | None = None) -> None:
         context = transport.context()
         resource_tracker.ensure_running()  # before the first semaphore, which it would remove if we were killed
-        self.queue = context.Queue(maxsize=max(1, args.max_queue_size))
-        self.returned = context.Queue()
+        try:
+            self.queue = context.Queue(maxsize=max(1, args.max_queue_size))
+            self.returned = context.Queue()
+        except OSError as error:
+            text = f"/dev/shm: no semaphore can be made: {errors.why(error)} `ckptconv doctor` says more."
+            raise CkptconvError(text) from error
         self._pipe, child = context.Pipe(duplex=False)
         line = None
         if team is not None:

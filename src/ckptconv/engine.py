@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptconv import dtypes
 from ckptconv.checksum import Runs, crc32, merged, whole
-from ckptconv.errors import TableError, TargetError
+from ckptconv.errors import TableError, TargetError, why
 from ckptconv.files import close_written, start_flushing, write_exactly
 from ckptconv.lazy import LazyTensor, as_bytes, blocks, matrix
 
@@ -62,7 +62,7 @@ class Output:
             with open(self.path, "wb") as file:
                 file.truncate(self.plan.size)
         except OSError as error:
-            raise TargetError(f"{self.path}: cannot be made ({self.plan.size} bytes): {error.strerror}.") from error
+            raise TargetError(f"{self.path}: cannot be made ({self.plan.size} bytes): {why(error)}") from error
 
     def account(self, slot: str, runs: list[list[int]]) -> bool:
         """Note what was written; True when that completes the file."""

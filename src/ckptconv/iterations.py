@@ -22,7 +22,7 @@ from pathlib import Path
 from ckptconv import companions
 from ckptconv.containers import rankdir
 from ckptconv.conversion import Report
-from ckptconv.errors import SourceError, TargetError, UsageError, some
+from ckptconv.errors import SourceError, TargetError, UsageError, some, why
 from ckptconv.files import PARTIAL
 from ckptconv.team import Team
 
@@ -189,7 +189,7 @@ def _prepare(top: Path, flags: list[str], overwrite: bool) -> None:
     except ValueError as error:
         raise UsageError(f"{mark}: is damaged. Give --overwrite to convert all iterations again.") from error
     except OSError as error:
-        raise TargetError(f"{top}: cannot be made: {error.strerror}.") from error
+        raise TargetError(f"{top}: cannot be made: {why(error)}") from error
 
 
 def _move(work: Path, top: Path, name: str) -> None:
@@ -208,7 +208,7 @@ def _move(work: Path, top: Path, name: str) -> None:
         for left in (work, top / WORK / f"{name}-replaced"):
             shutil.rmtree(left, ignore_errors=True)
     except OSError as error:
-        raise TargetError(f"{top / name}: cannot be completed: {error.strerror}.") from error
+        raise TargetError(f"{top / name}: cannot be completed: {why(error)}") from error
 
 
 def _rename(source: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptconv import files
-from ckptconv.errors import CkptconvError, TargetError, UsageError, annotate, some
+from ckptconv.errors import CkptconvError, TargetError, UsageError, annotate, some, why
 from ckptconv.files import PARTIAL
 from ckptconv.shares import dealt
 from ckptconv.signals import deaf
@@ -58,7 +58,7 @@ class Staging:
         except NotADirectoryError as error:
             raise UsageError(f"--save-dir {save_dir}: is a file, expected a directory to be made.") from error
         except OSError as error:
-            raise TargetError(f"--save-dir {save_dir}: cannot be used: {error.strerror}.") from error
+            raise TargetError(f"--save-dir {save_dir}: cannot be used: {why(error)}") from error
         # An interrupted run has passed this check before: what is there now is partly its own.
         if there and not overwrite and not (resume and interrupted):
             raise UsageError(
@@ -126,7 +126,7 @@ class Staging:
             self._begun = True
             free = shutil.disk_usage(self.partial).free
         except OSError as error:
-            raise TargetError(f"{self.target}: cannot be made: {error.strerror}.") from error
+            raise TargetError(f"{self.target}: cannot be made: {why(error)}") from error
         missing = {name: size for name, size in planned.items() if name not in self.finished}
         _check_room(self.target, sum(missing.values()), free)
         self.writers = dealt(missing, self.ranks)
@@ -256,7 +256,7 @@ class Staging:
             except OSError as error:
                 for source, target in reversed(moved):
                     os.replace(target, source)
-                raise TargetError(f"{self.target}: cannot be completed: {error.strerror}.") from error
+                raise TargetError(f"{self.target}: cannot be completed: {why(error)}") from error
             _flush_directory(self.target)
             shutil.rmtree(self.partial, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
@@ -363,7 +363,7 @@ def _write(path: Path, data: bytes, durable: bool = True) -> None:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise TargetError(f"{path}: cannot be written: {error.strerror}.") from error
+        raise TargetError(f"{path}: cannot be written: {why(error)}") from error
 
 
 def _flush_directory(path: Path) -> None:

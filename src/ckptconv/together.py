@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptconv.checksum import crc32
-from ckptconv.errors import CkptconvError, SourceError, TargetError, some
+from ckptconv.errors import CkptconvError, SourceError, TargetError, some, why
 from ckptconv.signals import deaf
 from ckptconv.staging import DAMAGED, JOURNALS, Digests, Staging, Stopped, add_digests, is_wrong, read_journal
 from ckptconv.team import Failed, Team
@@ -254,7 +254,7 @@ def _headers(fingerprint: Mapping[str, Any]) -> dict[str, int]:
                 file.seek(max(0, size - EDGE))
                 found[path] = crc32(file.read(EDGE), crc)
         except OSError as error:
-            raise SourceError(f"{path}: cannot be read: {error.strerror}.") from error
+            raise SourceError(f"{path}: cannot be read: {why(error)}") from error
     return found
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ckptconv import companions, dtypes, lazy, shares
 from ckptconv.checksum import crc32, merged, whole
 from ckptconv.engine import Engine, Job, Output, Target, default_threads
-from ckptconv.errors import ProtocolError, SourceError, TableError
+from ckptconv.errors import ProtocolError, SourceError, TableError, why
 from ckptconv.lazy import Assembly, LazyTensor, Literal, Piece, Zeros
 from ckptconv.messages import Expected, expected
 from ckptconv.metadata import Metadata
@@ -263,7 +263,7 @@ def _check_unchanged(metadata: Metadata) -> None:
         try:
             now = os.stat(path)
         except OSError as error:
-            raise SourceError(f"{path}: went away while it was read: {error.strerror}.") from error
+            raise SourceError(f"{path}: went away while it was read: {why(error)}") from error
         if (now.st_size, now.st_mtime_ns) != (size, modified):
             raise SourceError(f"{path}: was changed while it was read. Convert again when nothing writes to it.")
 
