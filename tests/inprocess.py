@@ -67,6 +67,8 @@ class _Saver:
         self.ended = threading.Event()
         self._stop: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(plugin, pickle.loads(pickle.dumps(args))))
+
+    def start(self) -> None:
         self._thread.start()
 
     def _run(self, plugin: Plugin, args: Namespace) -> None:

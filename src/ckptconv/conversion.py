@@ -74,17 +74,21 @@ class _Saver:
             target=_child, args=(plugin.name, args, self.queue, self.returned, child, os.getpid(), line), name="saver"
         )
         self._name = plugin.name
-        # A Ctrl-C at this moment waits: the child must not get it before it can ignore it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            with _without_main():
-                self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        child.close()
-        if line:
-            pipe.close()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._theirs = [child, *([pipe] if line else [])]
+
+    def start(self) -> None:
+        """Start the process. Signals wait until it can be stopped."""
+        with _held():
+            # The child must not get a Ctrl-C before it can ignore it.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                with _without_main():
+                    self._process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            for end in self._theirs:
+                end.close()
+            threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         """Read the pipe until the process is gone; then wake the loader if it went badly."""
@@ -156,13 +160,14 @@ def _run(loader: Plugin, saver: Plugin, args: Namespace, team: Team | None) -> R
             team.check()
         process.alive()
 
-    memory = measure.Memory()  # not before: a Ctrl-C that another thread takes is not held back while the saver starts
+    memory = measure.Memory()
     sender = transport.Sender(
         process.queue, process.returned, checking=args.checking, dtype=args.dtype_name,
         loader=loader.name, memory=_budget(args, saver), alive=alive, model_type=args.model_type,
         spoken=args.queue_dialect, kv_channels=args.kv_channels,
     )  # fmt: skip
     try:
+        process.start()
         loader.run(sender, args)
         if sender.gave_up:
             raise ProtocolError(f"loader {loader.name}: gave up (it sent 'exit'); see what it printed above.")
@@ -228,6 +233,9 @@ def _interrupted_once() -> Iterator[None]:
     came = []
 
     def handler(number: int, frame: object) -> None:
+        if _waiting is not None:
+            _waiting.append(number)
+            return
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)
         came.append(number)
@@ -240,6 +248,23 @@ def _interrupted_once() -> Iterator[None]:
     finally:
         for number, old in before.items() if not came else ():
             signal.signal(number, old)
+
+
+#: Signals that came while they are held.
+_waiting: list[int] | None = None
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[None]:
+    """Signals that came meanwhile come behind it. (A mask holds them from one thread only.)"""
+    global _waiting
+    _waiting = []
+    try:
+        yield
+    finally:
+        came, _waiting = _waiting or [], None
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager

@@ -66,6 +66,8 @@ class _Descriptors:
         finally:
             with self._lock:
                 users[0] -= 1
+                if not users[0] and self._open.get(path, (None,))[0] != descriptor:
+                    os.close(descriptor)  # forgotten meanwhile
 
     def _evict(self, limit: int) -> None:
         for path in [p for p, (_, users) in self._open.items() if not users[0]]:
@@ -74,11 +76,11 @@ class _Descriptors:
             os.close(self._open.pop(path)[0])
 
     def forget(self, path: str) -> None:
-        """Close `path` if it is open (before it is renamed or removed)."""
+        """Close `path` if it is open (before it is renamed or removed), in use as soon as it is not."""
         with self._lock:
-            if path in self._open:
-                os.close(self._open.pop(path)[0])
-
+            descriptor, users = self._open.pop(path, (None, [0]))
+            if descriptor is not None and not users[0]:
+                os.close(descriptor)
 
     def clear(self) -> None:
         """Close everything that is not in use."""
