@@ -7,11 +7,13 @@ Where several processes write parts of a tensor, each reads its part, and they s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 #: Rows (or columns) [first, end) of a tensor.
 Span = tuple[int, int]
+T = TypeVar("T")
 
 
 def dealt(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
@@ -30,18 +32,13 @@ def counted(rows: int, targets: Iterable[tuple[int, Span]], others: Sequence[int
 
     targets: (rank, rows) of what is written, everyone's; others: the ranks that share rows which nobody writes.
     """
-    spans = [(who, (max(0, start), min(rows, end))) for who, (start, end) in targets]
-    spans = [(who, span) for who, span in spans if span[0] < span[1]]
-    edges = sorted({0, rows} | {edge for _, span in spans for edge in span})
-    owners = sorted({who for who, _ in spans}) or sorted(set(others))
-    begins: dict[int, list[tuple[int, Span]]] = {}
-    for one in spans:
-        begins.setdefault(one[1][0], []).append(one)
-    active: list[tuple[int, Span]] = []
+    spans = [(span, who) for who, span in targets]
+    owners = sorted({who for (start, end), who in spans if start < min(rows, end)}) or sorted(set(others))
+    if not rows:
+        return [(0, 0)] if rank == owners[0] else []
     found: list[Span] = []
-    for start, end in pairwise(edges):
-        active = [one for one in active if start < one[1][1]] + begins.get(start, [])
-        sharing = sorted({who for who, _ in active}) or owners
+    for start, end, writing in _swept(rows, spans):
+        sharing = sorted(set(writing)) or owners
         if rank not in sharing:
             continue
         place, length = sharing.index(rank), end - start
@@ -52,8 +49,6 @@ def counted(rows: int, targets: Iterable[tuple[int, Span]], others: Sequence[int
             found[-1] = (found[-1][0], last)
         else:
             found.append((first, last))
-    if not rows and rank == owners[0]:
-        return [(0, 0)]
     return found
 
 
@@ -66,19 +61,21 @@ def read(
     """
     rows, cols = shape
     digested = counted(rows, [(who, span) for who, span, _ in targets], others, rank)
-    own = [(span, columns) for who, span, columns in targets if who == rank]
-    total = sum(end - start for start, end in digested) * cols
-    edges = sorted({0, rows} | {edge for span in [*digested, *(span for span, _ in own)] for edge in span})
-    begins: dict[int, list[tuple[Span, Span]]] = {}
-    for one in own:
-        begins.setdefault(one[0][0], []).append(one)
-    active: list[tuple[Span, Span]] = []
-    whole = iter([*digested, (rows, rows)])
-    start, end = next(whole)
-    for first, last in pairwise(edge for edge in edges if edge <= rows):
-        active = [one for one in active if first < one[0][1]] + begins.get(first, [])
-        while end <= first and end < rows:
-            start, end = next(whole)
-        if active and not start <= first < end:
-            total += (last - first) * (max(c[1] for _, c in active) - min(c[0] for _, c in active))
-    return total
+    wanted = [*((span, (0, cols)) for span in digested), *((span, part) for who, span, part in targets if who == rank)]
+    return sum(
+        (end - start) * (max(right for _, right in parts) - min(left for left, _ in parts))
+        for start, end, parts in _swept(rows, wanted) if parts
+    )  # fmt: skip
+
+
+def _swept(rows: int, spans: Iterable[tuple[Span, T]]) -> Iterator[tuple[int, int, list[T]]]:
+    """(first row, end, what spans have) of consecutive runs of rows that lie in the same spans; padding is left out."""
+    edges, begins = {0, rows}, dict[int, list[tuple[int, T]]]()
+    for (start, end), value in spans:
+        if start < min(rows, end):
+            edges |= {start, min(rows, end)}
+            begins.setdefault(start, []).append((end, value))
+    active: list[tuple[int, T]] = []
+    for first, last in pairwise(sorted(edges)):
+        active = [one for one in active if first < one[0]] + begins.get(first, [])
+        yield first, last, [value for _, value in active]
